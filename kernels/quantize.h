@@ -1,0 +1,54 @@
+// Tensorwise FP8 quantization: amax, cast, cast with transposed copy (and bias gradient).
+//
+//   scale = fp8_max / max(amax, 1e-12);  q[m,n] = saturating_rne_cast(x[m,n] * scale);  qt[n,m] = q[m,n]
+//
+// The rule is trainer/reference/quantizer.h's, bit for bit. The slot's amax_bits must hold the tensor's amax (or zero for
+// amax_*, which raise it); the casts write scale and inv_scale into the slot, and set *nonfinite (if given) to 1 when the
+// amax is inf or NaN. Slots must have amax_bits zeroed before a new tensor is measured.
+//
+// Rows and columns may be any positive number (partial tiles are masked); 16-byte accesses are used where N % 16 == 0
+// (and M % 16 == 0 for qt), which is what FP8 GEMMs require anyway. Pointers 16-byte aligned.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "kernels/common/dtype.h"
+#include "kernels/common/quant_slot.h"
+
+void amax_bf16(const __nv_bfloat16* x, int64_t n, QuantSlot* slot, cudaStream_t stream);
+void amax_f32(const float* x, int64_t n, QuantSlot* slot, cudaStream_t stream);
+
+enum class Producer : uint8_t {
+    identity,  // value = x
+    gelu,      // value = bf16(gelu(x)): x is the pre-activation, the activation itself is never stored
+};
+
+struct QuantizeActivation {
+    const __nv_bfloat16* x;       // (M, N)
+    uint8_t* q;                   // (M, N), or null
+    uint8_t* qt;                  // (N, M), or null
+    float* dbias;                 // (N), += sum over rows of the BF16 values (not of the codes), or null; deterministic
+    QuantSlot* slot;              // may be null when q and qt are null (bias gradient only)
+    uint32_t* nonfinite;          // or null
+    void* workspace;              // quantize_workspace_bytes(M, N), needed with dbias only
+    int M, N;
+    Dtype format;                 // e4m3 or e5m2
+    Producer producer = Producer::identity;
+};
+size_t quantize_workspace_bytes(int M, int N);
+void quantize_activation(const QuantizeActivation& p, cudaStream_t stream);
+
+// The weights, from the FP32 master. In one launch for any number of matrices (`tensors` is in device memory).
+// Skips everything, leaving q, qt and slots as they are, when *skip != 0 (skip may be null).
+struct QuantizeWeight {
+    const float* master;    // (N, K)
+    uint8_t* q;             // (N, K)
+    uint8_t* qt;            // (K, N)
+    QuantSlot* slot;        // amax_bits already measured (by AdamW or amax_f32)
+    int N, K;
+    int64_t first_tile;     // filled in by quantize_weights_plan
+};
+// Fills in first_tile of the host copy and returns the number of tiles of all `count` tensors.
+int64_t quantize_weights_plan(QuantizeWeight* tensors, int count);
+void quantize_weights(const QuantizeWeight* device_tensors, int count, int64_t tiles, Dtype format, const uint32_t* skip,
+                      uint32_t* nonfinite, cudaStream_t stream);
