@@ -1,0 +1,169 @@
+#include "trainer/parameters.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "kernels/common/check.h"
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Building the list
+
+class ListBuilder {
+  public:
+    explicit ListBuilder(ParameterList& list) : list_(list) {}
+
+    int linear(const std::string& name, int out, int in, Init init) {
+        return add({.name = name, .rows = out, .cols = in, .padded_rows = out, .is_vector = false, .file_transposed = true,
+                    .decays = true, .is_linear = true, .init = init, .offset = 0});
+    }
+    int embedding(const std::string& name, int rows, int cols, int padded_rows) {
+        return add({.name = name, .rows = rows, .cols = cols, .padded_rows = padded_rows, .is_vector = false,
+                    .file_transposed = false, .decays = true, .is_linear = false, .init = Init::normal, .offset = 0});
+    }
+    int vector(const std::string& name, int n, Init init) {
+        return add({.name = name, .rows = 1, .cols = n, .padded_rows = 1, .is_vector = true, .file_transposed = false,
+                    .decays = false, .is_linear = false, .init = init, .offset = 0});
+    }
+
+  private:
+    int add(Parameter p) {
+        p.offset = list_.flat_elements;
+        list_.flat_elements += (p.padded_count() + 63) / 64 * 64;
+        list_.all.push_back(std::move(p));
+        return int(list_.all.size()) - 1;
+    }
+    ParameterList& list_;
+};
+
+BlockParameters add_block(ListBuilder& add, const ModelSpec& s, int layer) {
+    const std::string prefix = "transformer.h." + std::to_string(layer) + ".";
+    return {
+        .ln1_weight = add.vector(prefix + "ln_1.weight", s.dim, Init::ones),
+        .ln1_bias = add.vector(prefix + "ln_1.bias", s.dim, Init::zeros),
+        .qkv_weight = add.linear(prefix + "attn.c_attn.weight", 3 * s.dim, s.dim, Init::normal),
+        .qkv_bias = add.vector(prefix + "attn.c_attn.bias", 3 * s.dim, Init::zeros),
+        .proj_weight = add.linear(prefix + "attn.c_proj.weight", s.dim, s.dim, Init::normal_residual),
+        .proj_bias = add.vector(prefix + "attn.c_proj.bias", s.dim, Init::zeros),
+        .ln2_weight = add.vector(prefix + "ln_2.weight", s.dim, Init::ones),
+        .ln2_bias = add.vector(prefix + "ln_2.bias", s.dim, Init::zeros),
+        .fc1_weight = add.linear(prefix + "mlp.c_fc.weight", s.ffn_dim, s.dim, Init::normal),
+        .fc1_bias = add.vector(prefix + "mlp.c_fc.bias", s.ffn_dim, Init::zeros),
+        .fc2_weight = add.linear(prefix + "mlp.c_proj.weight", s.dim, s.ffn_dim, Init::normal_residual),
+        .fc2_bias = add.vector(prefix + "mlp.c_proj.bias", s.dim, Init::zeros),
+    };
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers: Philox4x32-10 (Salmon et al., SC 2011), key = (seed, hash of the name), counter = index
+
+struct Philox {
+    uint32_t key0, key1;
+
+    struct Block {
+        uint32_t x[4];
+    };
+    Block at(uint64_t counter_low, uint64_t counter_high) const {
+        uint32_t c[4] = {uint32_t(counter_low), uint32_t(counter_low >> 32), uint32_t(counter_high), uint32_t(counter_high >> 32)};
+        uint32_t k0 = key0, k1 = key1;
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p0 = uint64_t(0xD2511F53u) * c[0], p1 = uint64_t(0xCD9E8D57u) * c[2];
+            const uint32_t next[4] = {uint32_t(p1 >> 32) ^ c[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c[3] ^ k1, uint32_t(p0)};
+            for (int i = 0; i < 4; ++i) c[i] = next[i];
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        return {{c[0], c[1], c[2], c[3]}};
+    }
+};
+
+uint64_t fnv1a(const std::string& text) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001b3u;
+    return hash;
+}
+
+// Box-Muller: elements 4i..4i+3 of the file layout from one Philox block.
+void four_normals(const Philox& random, uint64_t name_hash, int64_t block, float out[4]) {
+    const Philox::Block bits = random.at(uint64_t(block), name_hash);
+    for (int pair = 0; pair < 2; ++pair) {
+        const float u = (float(bits.x[2 * pair] >> 8) + 0.5f) * 0x1p-24f;  // in (0, 1)
+        const float angle = 2 * std::numbers::pi_v<float> * float(bits.x[2 * pair + 1] >> 8) * 0x1p-24f;
+        const float radius = std::sqrt(-2 * std::log(u));
+        out[2 * pair] = radius * std::cos(angle);
+        out[2 * pair + 1] = radius * std::sin(angle);
+    }
+}
+
+void fill_normal(const Parameter& p, float stddev, uint64_t seed, float* flat) {
+    const Philox random{uint32_t(seed), uint32_t(seed >> 32)};
+    const uint64_t name_hash = fnv1a(p.name);
+    const int64_t n = p.count();
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < (n + 3) / 4; ++block) {
+        float draws[4];
+        four_normals(random, name_hash, block, draws);
+        for (int64_t i = 4 * block; i < std::min(n, 4 * block + 4); ++i) {
+            const int64_t row = i / p.rows, col = i % p.rows;  // of the (in, out) file layout
+            flat[p.file_transposed ? col * p.cols + row : i] = stddev * draws[i - 4 * block];
+        }
+    }
+}
+
+}  // namespace
+
+int64_t ParameterList::published_count() const {
+    int64_t n = 0;
+    for (const Parameter& p : all) n += p.count();
+    return n;
+}
+
+ParameterList make_parameters(const ModelSpec& s) {
+    ParameterList list{};
+    ListBuilder add(list);
+    list.wte = add.embedding("transformer.wte.weight", s.vocab_size, s.dim, s.padded_vocab());
+    list.wpe = add.embedding("transformer.wpe.weight", s.seq_len, s.dim, s.seq_len);
+    for (int layer = 0; layer < s.n_layers; ++layer) list.blocks.push_back(add_block(add, s, layer));
+    list.lnf_weight = add.vector("transformer.ln_f.weight", s.dim, Init::ones);
+    list.lnf_bias = add.vector("transformer.ln_f.bias", s.dim, Init::zeros);
+    return list;
+}
+
+TrainState initial_state(const ParameterList& list, const ModelSpec& spec, uint64_t seed) {
+    TrainState state;
+    state.params.assign(size_t(list.flat_elements), 0.0f);
+    const float residual = 0.02f / std::sqrt(2.0f * float(spec.n_layers));  // Radford et al. 2019, section 2.3
+    for (const Parameter& p : list.all) {
+        float* flat = state.params.data() + p.offset;
+        switch (p.init) {
+            case Init::zeros: break;
+            case Init::ones: std::fill_n(flat, p.count(), 1.0f); break;
+            case Init::normal: fill_normal(p, 0.02f, seed, flat); break;
+            case Init::normal_residual: fill_normal(p, residual, seed, flat); break;
+        }
+    }
+    return state;
+}
+
+// Both copy row by row of the file, so that a 40-million-element matrix stays friendly to one side's cache at least.
+void to_file_layout(const Parameter& p, const float* flat, float* file) {
+    if (!p.file_transposed) {
+        std::copy_n(flat, p.count(), file);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int in = 0; in < p.cols; ++in)
+        for (int out = 0; out < p.rows; ++out) file[int64_t(in) * p.rows + out] = flat[int64_t(out) * p.cols + in];
+}
+
+void from_file_layout(const Parameter& p, const float* file, float* flat) {
+    std::fill_n(flat, p.padded_count(), 0.0f);
+    if (!p.file_transposed) {
+        std::copy_n(file, p.count(), flat);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int out = 0; out < p.rows; ++out)
+        for (int in = 0; in < p.cols; ++in) flat[int64_t(out) * p.cols + in] = file[int64_t(in) * p.rows + out];
+}

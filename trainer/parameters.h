@@ -1,0 +1,59 @@
+// The one list of a model's parameters. Initialization, optimizer groups, checkpoints and both devices loop over it.
+//
+// A parameter's identity is its Hugging Face name (GPT2LMHeadModel) and its index in the Hugging Face layout: random
+// draws and files use that, so padding or transposing in memory never changes a number. In memory all parameters lie in
+// one flat float array at `offset` (a multiple of 64 elements), matrices as (out, in) row-major.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "trainer/model_spec.h"
+
+enum class Init : uint8_t { zeros, ones, normal, normal_residual };  // normal: 0.02; residual: 0.02 / sqrt(2 n_layers)
+
+struct Parameter {
+    std::string name;       // Hugging Face
+    int rows, cols;         // published size; a vector has rows = 1
+    int padded_rows;        // rows in memory (token embedding: padded vocabulary); the extra ones are zero
+    bool is_vector;         // one-dimensional in files
+    bool file_transposed;   // GPT-2's Conv1D stores (in, out)
+    bool decays;            // weight decay: matrices and embeddings, not norms and biases
+    bool is_linear;         // a block's matmul weight: quantized when the recipe says so
+    Init init;
+    int64_t offset;         // elements, into the flat arrays
+
+    int64_t count() const { return int64_t(rows) * cols; }
+    int64_t padded_count() const { return int64_t(padded_rows) * cols; }
+};
+
+struct BlockParameters {  // indices into ParameterList::all
+    int ln1_weight, ln1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias;
+    int ln2_weight, ln2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+};
+
+struct ParameterList {
+    std::vector<Parameter> all;
+    std::vector<BlockParameters> blocks;
+    int wte, wpe, lnf_weight, lnf_bias;
+    int64_t flat_elements;  // of each flat array, gaps included
+
+    const Parameter& operator[](int i) const { return all[size_t(i)]; }
+    int64_t published_count() const;  // without padding
+};
+ParameterList make_parameters(const ModelSpec& spec);
+
+// What a checkpoint holds and both devices load and save. Flat arrays in the order of ParameterList.
+struct TrainState {
+    std::vector<float> params, m, v;  // m and v may be empty: all zero, as before the first step
+    int64_t step = 0;           // steps of data consumed
+    int64_t adam_t = 0;         // optimizer updates applied
+    int64_t skipped_steps = 0;  // non-finite steps
+};
+
+// GPT-2's initialization. Draws are a function of (seed, name, index) alone; uses all cores.
+TrainState initial_state(const ParameterList& list, const ModelSpec& spec, uint64_t seed);
+
+// Between memory layout and file layout (published size, Hugging Face orientation).
+void to_file_layout(const Parameter& p, const float* flat, float* file);
+void from_file_layout(const Parameter& p, const float* file, float* flat);
