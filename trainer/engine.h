@@ -1,0 +1,62 @@
+// What the program asks of a device: the GPU (trainer/gpu_engine) and the reference device (trainer/reference) both
+// implement it, so the loop, checkpoints, logs and tests are written once.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/common/step_state.h"
+#include "trainer/model_spec.h"
+#include "trainer/parameters.h"
+#include "trainer/recipe.h"
+
+struct EngineOptions {
+    ModelSpec model;
+    Recipe recipe;
+    int micro_batch;             // B: sequences of a micro-batch
+    int seq_len;                 // T <= model.seq_len
+    int micro_batches_per_step;
+    AdamWConfig adamw;
+    bool use_graphs = true;      // GPU only: false launches every kernel eagerly, with the same bits
+    bool deterministic = false;  // GPU only: GEMM algorithms pinned to the heuristic's first choice, not tuned
+    std::string gemm_cache;      // GPU only: file of tuned GEMM algorithms, "" for none
+};
+
+struct MemoryRow {
+    std::string what;
+    double bytes;
+};
+
+// One row of the precision table: a kind of linear, what it runs in and why.
+struct LinearRow {
+    std::string name, precision, reason;
+};
+
+class Engine {
+  public:
+    virtual ~Engine() = default;
+
+    virtual void load(const TrainState& state) = 0;  // empty moments mean zeros
+    virtual void save(TrainState& state) = 0;  // waits for the device; fills everything but `step`
+
+    // One optimizer step on micro_batches_per_step * micro_batch sequences of seq_len tokens. A negative target is
+    // masked. Only enqueues the work on a GPU: call collect() once for every enqueued step, in order, at most two behind.
+    virtual void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) = 0;
+    virtual StepState collect() = 0;
+
+    // Gradients of the same loss, with no clipping and no update; for tests. Flat, in the order of ParameterList.
+    virtual std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) = 0;
+
+    // Sum of the losses of one micro-batch's unmasked tokens; touches no training state.
+    virtual double evaluate(std::span<const int> inputs, std::span<const int> targets) = 0;
+
+    virtual std::string device_name() const = 0;
+    virtual std::vector<MemoryRow> memory_table() const = 0;
+    virtual std::vector<LinearRow> linear_table() const = 0;
+    virtual std::vector<std::string> gemm_choices() const { return {}; }  // for the log and the checkpoint
+};
+
+std::unique_ptr<Engine> make_gpu_engine(const EngineOptions& options);
+std::unique_ptr<Engine> make_reference_engine(const EngineOptions& options);

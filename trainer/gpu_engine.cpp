@@ -1,0 +1,259 @@
+#include "trainer/gpu_engine.h"
+
+#include <cstring>
+
+#include "kernels/global_norm.h"
+
+namespace {
+
+template <class T>
+void pinned_alloc(T*& pointer, size_t count) {
+    CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&pointer), count * sizeof(T)));
+}
+
+// The binary holds machine code for one architecture (TRAIN_GPT_ARCH, as in make ARCH=...).
+void check_device(const Recipe& recipe) {
+    cudaDeviceProp device{};
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    const int arch = device.major * 10 + device.minor;
+    const bool runs = TRAIN_GPT_ARCH == 90 ? arch == 90 : device.major == TRAIN_GPT_ARCH / 10 && arch >= TRAIN_GPT_ARCH;
+    REQUIRE(runs, "this binary was built for sm_%d and the GPU is %s, sm_%d: build with `make ARCH=%d%s`", TRAIN_GPT_ARCH, device.name,
+            arch, arch, arch == 90 ? "a" : "");
+    REQUIRE(!recipe.quantizes() || arch >= 89, "--recipe %s: %s (sm_%d) has no FP8 tensor cores: use --recipe bf16", recipe.name.c_str(), device.name, arch);
+}
+
+const EngineOptions& checked(const EngineOptions& o) {
+    check_device(o.recipe);
+    REQUIRE(!o.recipe.reference_device_only, "--recipe %s runs on the reference device only: add --device cpu", o.recipe.name.c_str());
+    REQUIRE(o.seq_len <= o.model.seq_len, "sequence length %d is longer than the model's position embedding, %d", o.seq_len, o.model.seq_len);
+    const int tokens = o.micro_batch * o.seq_len;
+    REQUIRE(!o.recipe.quantizes() || tokens % 16 == 0,
+            "--micro-batch %d x --seq-len %d = %d tokens: --recipe %s needs a multiple of 16 (FP8 weight gradients sum over tokens)",
+            o.micro_batch, o.seq_len, tokens, o.recipe.name.c_str());
+    return o;
+}
+
+// Where AdamW puts what follows from a new master weight, in the order of ParameterList.
+std::vector<AdamWTensor> adamw_tensors(const ParameterList& list, const GpuModel& model, float weight_decay) {
+    std::vector<AdamWTensor> tensors;
+    for (size_t i = 0; i < list.all.size(); ++i) {
+        const Parameter& p = list.all[i];
+        tensors.push_back({.offset = p.offset, .count = p.padded_count(), .bf16_copy = model.bf16_copy(int(i)),
+                           .slot = model.weight_slot(int(i)), .weight_decay = p.decays ? weight_decay : 0.0f, .first_block = 0});
+    }
+    return tensors;
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> make_gpu_engine(const EngineOptions& options) { return std::make_unique<GpuEngine>(options); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set-up
+
+GpuEngine::GpuEngine(const EngineOptions& options)
+    : options_(checked(options)), list_(make_parameters(options.model)),
+      gemm_({.cache_file = options.deterministic ? "" : options.gemm_cache, .autotune = !options.deterministic}),
+      model_(options_, list_), weight_format_(options.recipe.output.b.dtype) {
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    model_.plan(gemm_);  // before the arena takes the memory that tuning borrows
+    gemm_.save_cache();
+    request_memory();
+    arena_.allocate();
+    model_.bind(arrays_, state_);
+    build_tensor_tables();
+    for (Staging& s : staging_) {
+        const size_t tokens = size_t(options_.micro_batch) * options_.seq_len * options_.micro_batches_per_step;
+        pinned_alloc(s.inputs, tokens);
+        pinned_alloc(s.targets, tokens);
+        pinned_alloc(s.state, 1);
+        CUDA_CHECK(cudaEventCreateWithFlags(&s.done, cudaEventDisableTiming));
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());  // the arena's zeroing ran on the default stream
+}
+
+GpuEngine::~GpuEngine() {
+    cudaStreamSynchronize(stream_);
+    for (Staging& s : staging_) {
+        cudaFreeHost(s.inputs);
+        cudaFreeHost(s.targets);
+        cudaFreeHost(s.state);
+        cudaEventDestroy(s.done);
+    }
+    cudaStreamDestroy(stream_);
+}
+
+void GpuEngine::request_memory() {
+    const size_t n = size_t(list_.flat_elements);
+    arena_.request(arrays_.params, n, "master weights (FP32)");
+    arena_.request(arrays_.grads, n, "gradients (FP32)");
+    arena_.request(m_, n, "Adam moments (FP32)");
+    arena_.request(v_, n, "Adam moments (FP32)");
+    arena_.request(state_, 1, "step state, tables");
+    arena_.request(norm_partials_, size_t(global_norm_partials()), "step state, tables");
+    arena_.request(evaluation_loss_, 1, "step state, tables");
+    arena_.request(adamw_tensors_, list_.all.size(), "step state, tables");
+    arena_.request(quantized_, list_.all.size(), "step state, tables");
+    model_.request(arena_);
+}
+
+void GpuEngine::build_tensor_tables() {
+    std::vector<AdamWTensor> tensors = adamw_tensors(list_, model_, options_.adamw.weight_decay);
+    adamw_blocks_ = adamw_plan(tensors.data(), int(tensors.size()));
+    CUDA_CHECK(cudaMemcpy(adamw_tensors_, tensors.data(), tensors.size() * sizeof(AdamWTensor), cudaMemcpyHostToDevice));
+
+    std::vector<QuantizeWeight> quantized = model_.quantized_weights(arrays_.params);
+    quantized_count_ = int(quantized.size());
+    if (quantized.empty()) return;
+    quantized_tiles_ = quantize_weights_plan(quantized.data(), quantized_count_);
+    CUDA_CHECK(cudaMemcpy(quantized_, quantized.data(), quantized.size() * sizeof(QuantizeWeight), cudaMemcpyHostToDevice));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The step
+
+GpuEngine::Staging& GpuEngine::next_staging() {
+    Staging& s = staging_[enqueued_ % kStepsInFlight];
+    REQUIRE(!s.in_flight, "enqueue_step: %d steps are in flight; collect() one first", kStepsInFlight);
+    return s;
+}
+
+void GpuEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    Staging& s = next_staging();
+    enqueue_micro_batches(s, in, inputs, targets);
+    optimizer_graph_.run(options_.use_graphs, stream_, [&] { enqueue_optimizer(); });
+    CUDA_CHECK(cudaMemcpyAsync(s.state, state_, sizeof(StepState), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaEventRecord(s.done, stream_));
+    s.in_flight = true;
+    ++enqueued_;
+}
+
+StepState GpuEngine::collect() {
+    Staging& s = staging_[collected_ % kStepsInFlight];
+    REQUIRE(s.in_flight, "collect: no step is in flight (%lld enqueued, %lld collected)", (long long)enqueued_, (long long)collected_);
+    CUDA_CHECK(cudaEventSynchronize(s.done));
+    s.in_flight = false;
+    ++collected_;
+    return *s.state;
+}
+
+void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    const size_t tokens = size_t(options_.micro_batch) * options_.seq_len;
+    const size_t expected = tokens * size_t(options_.micro_batches_per_step);
+    REQUIRE(inputs.size() == expected && targets.size() == expected, "a step takes %zu tokens, got %zu inputs and %zu targets",
+            expected, inputs.size(), targets.size());
+    std::memcpy(s.inputs, inputs.data(), inputs.size_bytes());
+    std::memcpy(s.targets, targets.data(), targets.size_bytes());
+    *s.state = StepState{.in = in};
+    // Everything before adam_t belongs to one step and starts from zero; adam_t and skipped_steps live on the device.
+    CUDA_CHECK(cudaMemcpyAsync(state_, s.state, offsetof(StepState, adam_t), cudaMemcpyHostToDevice, stream_));
+    CUDA_CHECK(cudaMemsetAsync(arrays_.grads, 0, size_t(list_.flat_elements) * sizeof(float), stream_));
+    for (int i = 0; i < options_.micro_batches_per_step; ++i) {
+        CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), s.inputs + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
+        CUDA_CHECK(cudaMemcpyAsync(model_.targets(), s.targets + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
+        micro_batch_graph_.run(options_.use_graphs, stream_, [&] { model_.forward_backward(gemm_, stream_); });
+    }
+}
+
+void GpuEngine::enqueue_optimizer() {
+    sum_of_squares(arrays_.grads, list_.flat_elements, norm_partials_, stream_);
+    optimizer_prepare({.state = state_, .norm_partials = norm_partials_, .n_partials = global_norm_partials(),
+                       .tensors = adamw_tensors_, .n_tensors = int(list_.all.size()), .config = options_.adamw}, stream_);
+    adamw_update({.tensors = adamw_tensors_, .n_tensors = int(list_.all.size()), .blocks = adamw_blocks_,
+                  .params = arrays_.params, .grads = arrays_.grads, .m = m_, .v = v_, .state = state_,
+                  .config = options_.adamw}, stream_);
+    enqueue_weight_quantization(&state_->skip_update);
+}
+
+void GpuEngine::enqueue_weight_quantization(const uint32_t* skip) {
+    if (quantized_count_ == 0) return;
+    quantize_weights(quantized_, quantized_count_, quantized_tiles_, weight_format_, skip, &state_->nonfinite, stream_);
+}
+
+std::vector<float> GpuEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    enqueue_micro_batches(next_staging(), in, inputs, targets);
+    std::vector<float> host(size_t(list_.flat_elements));
+    CUDA_CHECK(cudaMemcpyAsync(host.data(), arrays_.grads, host.size() * sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return host;
+}
+
+double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
+    const size_t tokens = size_t(options_.micro_batch) * options_.seq_len;
+    REQUIRE(inputs.size() == tokens && targets.size() == tokens, "evaluate takes one micro-batch of %zu tokens, got %zu", tokens, inputs.size());
+    CUDA_CHECK(cudaMemsetAsync(evaluation_loss_, 0, sizeof(float), stream_));
+    // Pageable sources: each copy has left the host's memory when the call returns.
+    CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), inputs.data(), inputs.size_bytes(), cudaMemcpyHostToDevice, stream_));
+    CUDA_CHECK(cudaMemcpyAsync(model_.targets(), targets.data(), targets.size_bytes(), cudaMemcpyHostToDevice, stream_));
+    evaluation_graph_.run(options_.use_graphs, stream_, [&] { model_.evaluate(evaluation_loss_, gemm_, stream_); });
+    float sum = 0;
+    CUDA_CHECK(cudaMemcpyAsync(&sum, evaluation_loss_, sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// State in and out
+
+void GpuEngine::load(const TrainState& state) {
+    const size_t bytes = size_t(list_.flat_elements) * sizeof(float);
+    REQUIRE(state.params.size() * sizeof(float) == bytes, "load: %zu parameters, the model has %lld", state.params.size(), (long long)list_.flat_elements);
+    CUDA_CHECK(cudaMemcpyAsync(arrays_.params, state.params.data(), bytes, cudaMemcpyHostToDevice, stream_));
+    const auto upload_or_zero = [&](float* device, const std::vector<float>& host) {
+        if (host.empty()) CUDA_CHECK(cudaMemsetAsync(device, 0, bytes, stream_));
+        else CUDA_CHECK(cudaMemcpyAsync(device, host.data(), bytes, cudaMemcpyHostToDevice, stream_));
+    };
+    upload_or_zero(m_, state.m);
+    upload_or_zero(v_, state.v);
+    const StepState fresh{.adam_t = state.adam_t, .skipped_steps = state.skipped_steps};
+    CUDA_CHECK(cudaMemcpyAsync(state_, &fresh, sizeof fresh, cudaMemcpyHostToDevice, stream_));
+    model_.zero_weight_amaxes(stream_);
+    adamw_refresh_copies({.tensors = adamw_tensors_, .n_tensors = int(list_.all.size()), .blocks = adamw_blocks_,
+                          .params = arrays_.params, .grads = nullptr, .m = nullptr, .v = nullptr, .state = nullptr,
+                          .config = options_.adamw}, stream_);
+    enqueue_weight_quantization(nullptr);
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+
+void GpuEngine::save(TrainState& state) {
+    const size_t n = size_t(list_.flat_elements);
+    const auto download = [&](std::vector<float>& host, const float* device) {
+        host.resize(n);
+        CUDA_CHECK(cudaMemcpyAsync(host.data(), device, n * sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    };
+    download(state.params, arrays_.params);
+    download(state.m, m_);
+    download(state.v, v_);
+    StepState now{};
+    CUDA_CHECK(cudaMemcpyAsync(&now, state_, sizeof now, cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    state.adam_t = now.adam_t;
+    state.skipped_steps = now.skipped_steps;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What start-up prints
+
+std::string GpuEngine::device_name() const {
+    int device = 0;
+    cudaDeviceProp properties{};
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    return properties.name;
+}
+
+std::vector<MemoryRow> GpuEngine::memory_table() const {
+    std::vector<MemoryRow> rows;
+    for (const Arena::Row& row : arena_.table()) rows.push_back({row.what, double(row.bytes)});
+    rows.push_back({"cuBLASLt workspace", double(Gemm::workspace_bytes())});
+    return rows;
+}
+
+std::vector<LinearRow> GpuEngine::linear_table() const { return model_.linear_table(); }
+
+std::vector<std::string> GpuEngine::gemm_choices() const {
+    std::vector<std::string> rows;
+    for (const GemmChoice& c : gemm_.choices())
+        rows.push_back(message("%s: algorithm %d of %d%s", c.key.c_str(), c.algorithm, c.candidates, c.from_cache ? " (cached)" : ""));
+    return rows;
+}

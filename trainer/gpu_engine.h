@@ -1,0 +1,70 @@
+// The GPU's side of Engine: parameter and optimizer arrays, the step as two graphs, staging of tokens and results.
+//
+// A step is: new inputs and cleared gradients, then for every micro-batch the tokens and the micro-batch graph, then the
+// optimizer graph, then a copy of StepState to the host. Everything is enqueued on one stream without waiting.
+#pragma once
+#include <deque>
+
+#include "kernels/adamw.h"
+#include "trainer/cuda_graph.h"
+#include "trainer/engine.h"
+#include "trainer/gpu_model.h"
+
+class GpuEngine final : public Engine {
+  public:
+    explicit GpuEngine(const EngineOptions& options);
+    ~GpuEngine() override;
+
+    void load(const TrainState& state) override;
+    void save(TrainState& state) override;
+    void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
+    StepState collect() override;
+    std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
+    double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
+    std::string device_name() const override;
+    std::vector<MemoryRow> memory_table() const override;
+    std::vector<LinearRow> linear_table() const override;
+    std::vector<std::string> gemm_choices() const override;
+
+  private:
+    // Host memory that the GPU copies from and to while the host goes on; one for every step in flight.
+    struct Staging {
+        int* inputs = nullptr;
+        int* targets = nullptr;
+        StepState* state = nullptr;
+        cudaEvent_t done = nullptr;
+        bool in_flight = false;
+    };
+    static constexpr int kStepsInFlight = 3;
+
+    void request_memory();
+    void build_tensor_tables();
+    void enqueue_micro_batches(Staging& staging, const StepInputs& in, std::span<const int> inputs, std::span<const int> targets);
+    void enqueue_optimizer();
+    void enqueue_weight_quantization(const uint32_t* skip);
+    Staging& next_staging();
+
+    EngineOptions options_;
+    ParameterList list_;
+    cudaStream_t stream_ = nullptr;
+    Arena arena_;
+    Gemm gemm_;
+    GpuModel model_;
+    CudaGraph micro_batch_graph_, optimizer_graph_, evaluation_graph_;
+
+    ParameterArrays arrays_;
+    float* m_ = nullptr;
+    float* v_ = nullptr;
+    StepState* state_ = nullptr;
+    float* norm_partials_ = nullptr;
+    float* evaluation_loss_ = nullptr;
+    AdamWTensor* adamw_tensors_ = nullptr;
+    int adamw_blocks_ = 0;
+    QuantizeWeight* quantized_ = nullptr;
+    int quantized_count_ = 0;
+    int64_t quantized_tiles_ = 0;
+    Dtype weight_format_;
+
+    Staging staging_[kStepsInFlight];
+    int64_t enqueued_ = 0, collected_ = 0;
+};

@@ -1,0 +1,224 @@
+#include "trainer/gpu_model.h"
+
+#include <algorithm>
+
+#include "kernels/classifier.h"
+#include "kernels/common/cuda_check.h"
+#include "kernels/embedding.h"
+#include "kernels/layernorm.h"
+
+namespace {
+// Tokens of a head chunk: every chunk reads and writes the FP32 gradient of the embedding once, so fewer, larger chunks
+// are faster; 16,384 x 50,304 BF16 logits are 1.6 GB.
+constexpr int kHeadChunkTokens = 16384;
+
+constexpr int kLinearsPerBlock = 4;
+template <class BlockOrConst>
+auto& linear_of(BlockOrConst& block, int i) {
+    return i == 0 ? block.qkv : i == 1 ? block.proj : i == 2 ? block.fc1 : block.fc2;
+}
+struct LinearIndices {
+    int weight, bias;
+};
+LinearIndices indices_of(const BlockParameters& p, int i) {
+    const LinearIndices all[kLinearsPerBlock] = {{p.qkv_weight, p.qkv_bias}, {p.proj_weight, p.proj_bias},
+                                                 {p.fc1_weight, p.fc1_bias}, {p.fc2_weight, p.fc2_bias}};
+    return all[i];
+}
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Set-up
+
+GpuModel::GpuModel(const EngineOptions& options, const ParameterList& list)
+    : options_(options), list_(list), tokens_(options.micro_batch * options.seq_len),
+      chunk_(std::min(tokens_, kHeadChunkTokens)), bf16_copies_(list.all.size(), nullptr) {
+    for (int layer = 0; layer < options.model.n_layers; ++layer)
+        blocks_.emplace_back(options.model, options.recipe, options.micro_batch, options.seq_len, layer);
+}
+
+void GpuModel::request(Arena& arena) {
+    const ModelSpec& m = options_.model;
+    const size_t n = size_t(tokens_), C = size_t(m.dim), slots = blocks_.size() * kLinearsPerBlock;
+    const auto copy = [&](int i) { arena.request(bf16_copies_[size_t(i)], size_t(list_[i].padded_count()), "BF16 weight copies"); };
+    copy(list_.wte);
+    copy(list_.wpe);
+    for (size_t layer = 0; layer < blocks_.size(); ++layer)
+        for (int i = 0; i < kLinearsPerBlock; ++i) {
+            const LinearIndices p = indices_of(list_.blocks[layer], i);
+            copy(p.bias);
+            if (!linear_of(blocks_[layer], i).fp8()) copy(p.weight);
+        }
+    arena.request(weight_slots_, slots, "scales");
+    arena.request(micro_slots_, 2 * slots, "scales");
+    for (Block& block : blocks_) block.request(arena);
+
+    arena.request(inputs_, n, "tokens, losses");
+    arena.request(targets_, n, "tokens, losses");
+    arena.request(losses_, n, "tokens, losses");
+    arena.request(final_x_, n * C, "saved residual stream");
+    arena.request(final_norm_out_, n * C, "saved residual stream");
+    arena.request(final_mean_, n, "saved norm statistics, LSE");
+    arena.request(final_rstd_, n, "saved norm statistics, LSE");
+    arena.request(logits_, size_t(chunk_) * size_t(m.padded_vocab()), "logits of a chunk");
+    request_scratch(arena);
+}
+
+void GpuModel::request_scratch(Arena& arena) {
+    const ModelSpec& m = options_.model;
+    const size_t n = size_t(tokens_), C = size_t(m.dim), widest = size_t(std::max(3 * m.dim, m.ffn_dim));
+    const auto bytes = [&](void*& pointer, size_t count) {
+        arena.request(reinterpret_cast<char*&>(pointer), count, "scratch");
+    };
+    for (__nv_bfloat16** p : {&scratch_.norm_out, &scratch_.branch_out, &scratch_.dresidual, &scratch_.dbranch})
+        arena.request(*p, n * C, "scratch");
+    arena.request(scratch_.wide, n * widest, "scratch");
+    bytes(scratch_.norm_workspace, layernorm_backward_workspace_bytes(m.dim));
+    bytes(scratch_.attention_workspace,
+          attention_backward_workspace_bytes({.B = options_.micro_batch, .T = options_.seq_len, .H = m.n_heads, .KV = m.n_heads, .head_dim = m.head_dim()}));
+    const size_t codes = options_.recipe.quantizes() ? n * widest : 0;
+    arena.request(scratch_.linear.codes, codes, "scratch");
+    arena.request(scratch_.linear.codes_transposed, codes, "scratch");
+    bytes(scratch_.linear.workspace, std::max(quantize_workspace_bytes(tokens_, int(widest)), quantize_workspace_bytes(tokens_, m.dim)));
+    bytes(embedding_workspace_, embedding_backward_workspace_bytes(options_.micro_batch, options_.seq_len, m.dim, m.padded_vocab()));
+}
+
+void GpuModel::bind(const ParameterArrays& arrays, StepState* state) {
+    arrays_ = arrays;
+    state_ = state;
+    scratch_.linear.nonfinite = &state->nonfinite;
+    const auto norm = [&](int weight, int bias) {
+        return NormParameters{.weight = arrays.params + list_[weight].offset, .bias = arrays.params + list_[bias].offset,
+                              .dweight = arrays.grads + list_[weight].offset, .dbias = arrays.grads + list_[bias].offset};
+    };
+    final_norm_ = norm(list_.lnf_weight, list_.lnf_bias);
+    QuantSlot* micro_slot = micro_slots_;
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+        Block& block = blocks_[layer];
+        const BlockParameters& p = list_.blocks[layer];
+        block.norm1 = norm(p.ln1_weight, p.ln1_bias);
+        block.norm2 = norm(p.ln2_weight, p.ln2_bias);
+        for (int i = 0; i < kLinearsPerBlock; ++i) {
+            Linear& linear = linear_of(block, i);
+            const auto [weight, bias] = indices_of(p, i);
+            linear.bias = bf16_copy(bias);
+            linear.weight_bf16 = bf16_copy(weight);
+            linear.dweight = arrays.grads + list_[weight].offset;
+            linear.dbias = arrays.grads + list_[bias].offset;
+            if (!linear.fp8()) continue;
+            linear.weight_slot = weight_slots_ + layer * kLinearsPerBlock + size_t(i);
+            linear.input_slot = micro_slot++;
+            linear.grad_slot = micro_slot++;
+        }
+    }
+}
+
+QuantSlot* GpuModel::weight_slot(int parameter) const {
+    for (size_t layer = 0; layer < blocks_.size(); ++layer)
+        for (int i = 0; i < kLinearsPerBlock; ++i)
+            if (indices_of(list_.blocks[layer], i).weight == parameter) return linear_of(blocks_[layer], i).weight_slot;
+    return nullptr;
+}
+
+std::vector<QuantizeWeight> GpuModel::quantized_weights(const float* params) const {
+    std::vector<QuantizeWeight> all;
+    for (size_t layer = 0; layer < blocks_.size(); ++layer)
+        for (int i = 0; i < kLinearsPerBlock; ++i) {
+            const Linear& linear = linear_of(blocks_[layer], i);
+            if (linear.fp8()) all.push_back(linear.quantize_weight(params + list_[indices_of(list_.blocks[layer], i).weight].offset));
+        }
+    return all;
+}
+
+void GpuModel::zero_weight_amaxes(cudaStream_t stream) const {
+    CUDA_CHECK(cudaMemsetAsync(weight_slots_, 0, blocks_.size() * kLinearsPerBlock * sizeof(QuantSlot), stream));
+}
+
+std::vector<LinearRow> GpuModel::linear_table() const {
+    std::vector<LinearRow> rows;
+    for (int i = 0; i < kLinearsPerBlock; ++i) {  // the blocks are alike
+        const Linear& linear = linear_of(blocks_[0], i);
+        const std::string size = message("%d x %d, %zu blocks", linear.spec().out, linear.spec().in, blocks_.size());
+        const std::string name = linear.spec().name.substr(linear.spec().name.find('.', 2) + 1);
+        rows.push_back({name + " (" + size + ")", linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle()});
+    }
+    rows.push_back({message("head, tied to wte (%d x %d)", options_.model.vocab_size, options_.model.dim), "BF16", "the head always runs in BF16"});
+    return rows;
+}
+
+void GpuModel::plan(Gemm& gemm) const {
+    blocks_[0].plan(gemm);  // all blocks have the same shapes
+    for (const int rows : {chunk_, tokens_ % chunk_})
+        if (rows > 0)
+            for (const GemmShape& shape : {logits_shape(rows), head_grad_input_shape(rows), head_grad_weight_shape(rows)}) gemm.plan(shape);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The head: always BF16, weights tied to the token embedding
+
+GemmShape GpuModel::logits_shape(int rows) const {
+    return {.M = rows, .N = options_.model.padded_vocab(), .K = options_.model.dim, .a = Dtype::bf16, .b = Dtype::bf16, .d = Dtype::bf16};
+}
+GemmShape GpuModel::head_grad_input_shape(int rows) const {
+    return {.M = rows, .N = options_.model.dim, .K = options_.model.padded_vocab(), .a = Dtype::bf16, .b = Dtype::bf16,
+            .d = Dtype::bf16, .layout_b = Layout::col_k};
+}
+GemmShape GpuModel::head_grad_weight_shape(int rows) const {
+    return {.M = options_.model.padded_vocab(), .N = options_.model.dim, .K = rows, .a = Dtype::bf16, .b = Dtype::bf16,
+            .d = Dtype::f32, .layout_a = Layout::col_k, .layout_b = Layout::col_k, .accumulate = true};
+}
+
+// Reads final_norm_out_, writes losses_; with gradients also scratch.dbranch (gradient of final_norm_out_) and dwte.
+void GpuModel::head(bool with_gradients, Gemm& gemm, cudaStream_t stream) const {
+    const ModelSpec& m = options_.model;
+    const __nv_bfloat16* wte = bf16_copy(list_.wte);
+    for (int first = 0; first < tokens_; first += chunk_) {
+        const int rows = std::min(chunk_, tokens_ - first);
+        const __nv_bfloat16* x = final_norm_out_ + int64_t(first) * m.dim;
+        gemm.run(logits_shape(rows), {.a = x, .b = wte, .d = logits_}, stream);
+        classifier({.logits = logits_, .targets = targets_ + first, .losses = losses_ + first,
+                    .gradient_scale = with_gradients ? &state_->in.inverse_valid_tokens : nullptr, .rows = rows,
+                    .V = m.vocab_size, .Vp = m.padded_vocab()}, stream);
+        if (!with_gradients) continue;
+        gemm.run(head_grad_weight_shape(rows), {.a = logits_, .b = x, .d = arrays_.grads + list_[list_.wte].offset}, stream);
+        gemm.run(head_grad_input_shape(rows), {.a = logits_, .b = wte, .d = scratch_.dbranch + int64_t(first) * m.dim}, stream);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One micro-batch
+
+void GpuModel::forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t stream) const {
+    const ModelSpec& m = options_.model;
+    CUDA_CHECK(cudaMemsetAsync(micro_slots_, 0, blocks_.size() * kLinearsPerBlock * 2 * sizeof(QuantSlot), stream));
+    embedding_forward({.tokens = inputs_, .wte = bf16_copy(list_.wte), .wpe = bf16_copy(list_.wpe), .out = blocks_[0].x1(),
+                       .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim}, stream);
+    Residual stream_pair{.residual = blocks_[0].x1(), .delta = nullptr};
+    for (const Block& block : blocks_) stream_pair = block.forward(stream_pair, keep_for_backward, gemm, scratch_, stream);
+    layernorm_forward({.residual = stream_pair.residual, .delta = stream_pair.delta, .residual_out = final_x_,
+                       .weight = final_norm_.weight, .bias = final_norm_.bias, .out = final_norm_out_, .mean = final_mean_,
+                       .rstd = final_rstd_, .amax = nullptr, .rows = tokens_, .C = m.dim}, stream);
+}
+
+void GpuModel::forward_backward(Gemm& gemm, cudaStream_t stream) const {
+    const ModelSpec& m = options_.model;
+    forward_blocks(true, gemm, stream);
+    head(true, gemm, stream);
+    accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
+
+    layernorm_backward({.x = final_x_, .dout = scratch_.dbranch, .weight = final_norm_.weight, .mean = final_mean_,
+                        .rstd = final_rstd_, .dresidual_in = nullptr, .dresidual_out = scratch_.dresidual,
+                        .dweight = final_norm_.dweight, .dbias = final_norm_.dbias, .amax = blocks_.back().fc2.grad_slot,
+                        .workspace = scratch_.norm_workspace, .rows = tokens_, .C = m.dim}, stream);
+    for (size_t layer = blocks_.size(); layer-- > 0;)
+        blocks_[layer].backward(layer > 0 ? blocks_[layer - 1].fc2.grad_slot : nullptr, gemm, scratch_, stream);
+    embedding_backward({.tokens = inputs_, .dout = scratch_.dresidual, .dwte = arrays_.grads + list_[list_.wte].offset,
+                        .dwpe = arrays_.grads + list_[list_.wpe].offset, .workspace = embedding_workspace_,
+                        .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim, .V = m.padded_vocab()}, stream);
+}
+
+void GpuModel::evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const {
+    forward_blocks(false, gemm, stream);
+    head(false, gemm, stream);
+    accumulate_loss(losses_, tokens_, nullptr, loss_sum, nullptr, stream);
+}
