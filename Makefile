@@ -1,0 +1,139 @@
+# train_gpt_fp8. `make` builds the trainer, `make run` trains the default model on a default corpus, `make test` runs
+# every test that this machine can run. `make help` lists the rest.
+#
+# Every source file is found by wildcard and its header dependencies come from the compiler, so a new kernel, dev
+# program or test needs no edit here.
+
+CUDA ?= /usr/local/cuda
+ARCH ?= 90a
+BUILD ?= build/sm_$(ARCH)
+NVCC := $(CUDA)/bin/nvcc
+CCACHE := $(shell command -v ccache 2>/dev/null)
+JOBS ?= $(shell nproc)
+PYTHON ?= python3
+
+# Header-only libraries that the system lacks are brought into deps/ by `make deps`.
+INCLUDES := -I. -isystem deps/include
+WARNINGS := -Wall -Wextra -Wno-missing-field-initializers -Werror
+OPTIMIZE ?= -O3
+DEFINES := -DTRAIN_GPT_ARCH=$(patsubst %a,%,$(ARCH))
+CXXFLAGS := -std=c++20 $(DEFINES) $(OPTIMIZE) -g1 -fPIC -fopenmp $(WARNINGS) $(INCLUDES) -isystem $(CUDA)/include $(EXTRA_CXXFLAGS)
+NVCCFLAGS := -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arch=compute_$(ARCH),code=sm_$(ARCH) \
+             --expt-relaxed-constexpr -Werror all-warnings \
+             -Xptxas --warn-on-spills -Xcompiler "-Wall -Wextra -fopenmp -Wno-unused-parameter -Wno-missing-field-initializers" $(EXTRA_NVCCFLAGS)
+LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp -Ldeps/lib -l:libpcre2-8.a
+
+KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/common/*.cu)) \
+                  $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/common/*.cpp))
+TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp))
+DATA_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out data/prepare.cpp,$(wildcard data/*.cpp)))
+DEV_PROGRAMS := $(patsubst dev/%.cu,%,$(wildcard dev/*.cu))
+COMMIT := $(shell git describe --always --dirty --abbrev=9 2>/dev/null || echo unknown)
+HOST_TESTS := $(patsubst %.cpp,$(BUILD)/%,$(wildcard tests/host/*.cpp))
+
+.PHONY: all
+all: train_gpt_fp8 data/prepare
+
+train_gpt_fp8: $(BUILD)/train_gpt_fp8
+	@ln -sf $< $@
+data/prepare: $(BUILD)/data/prepare
+	@ln -sf ../$< $@
+
+$(BUILD)/train_gpt_fp8: $(BUILD)/train_gpt_fp8.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
+	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS)
+$(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
+	@echo "  link $@" && $(CXX) -o $@ $^ -Ldeps/lib -l:libpcre2-8.a -lpthread -lgomp
+
+# Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, any
+# other dev program gets everything.
+DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o
+.SECONDEXPANSION:
+$(BUILD)/dev/%: $(BUILD)/dev/%.o $(DEV_COMMON) \
+        $$(if $$(wildcard kernels/$$*.cu),$(BUILD)/kernels/$$*.o,$(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS))
+	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $(sort $^) $(LDLIBS)
+$(BUILD)/tests/host/%: $(BUILD)/tests/host/%.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
+	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS) -lgtest -lgtest_main
+
+$(BUILD)/%.o: %.cu | deps-check
+	@mkdir -p $(@D) && echo "  nvcc $<" && $(CCACHE) $(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
+$(BUILD)/%.o: %.cpp | deps-check
+	@mkdir -p $(@D) && echo "  c++  $<" && $(CCACHE) $(CXX) $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
+.SECONDARY:
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One kernel at a time: make check-NAME, make bench-NAME for every dev/NAME.cu
+
+check-%: $(BUILD)/dev/%
+	$< check
+bench-%: $(BUILD)/dev/%
+	$< bench
+.PHONY: dev
+dev: $(addprefix $(BUILD)/dev/,$(DEV_PROGRAMS))
+
+.PHONY: host-tests
+host-tests: $(HOST_TESTS)
+
+# The commit is compiled into one small object, rebuilt when it changes.
+$(shell mkdir -p $(BUILD) && echo '$(COMMIT)' | cmp -s - $(BUILD)/commit.txt || echo '$(COMMIT)' > $(BUILD)/commit.txt)
+$(BUILD)/trainer/gpu_info.o: $(BUILD)/commit.txt
+$(BUILD)/trainer/gpu_info.o: DEFINES += -DTRAIN_GPT_COMMIT='"$(COMMIT)"'
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Train: a default corpus that needs no network, a model that suits the machine
+
+HAS_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+shards/cuda_headers/meta.json: | data/prepare
+	data/prepare --out shards/cuda_headers --tokenizer bytes $(CUDA)/include
+
+RUN_GPU := --model gpt2-124M --vocab-size 257 --seq-len 1024 --micro-batch 32 --global-batch-tokens 131072 --steps 150 \
+           --lr 6e-4 --warmup-steps 20 --eval-every 50 --recipe tensorwise
+RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 400 --lr 3e-3 --warmup-steps 40 \
+           --eval-every 100 --eval-batches 16 --recipe tensorwise --log-every 20
+.PHONY: run
+run: all shards/cuda_headers/meta.json
+	./train_gpt_fp8 --train shards/cuda_headers --val shards/cuda_headers $(if $(HAS_GPU),$(RUN_GPU),$(RUN_CPU)) $(ARGS)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Proof
+
+.PHONY: test layers gpu-report gpu-report-check learning mutants
+test: all dev host-tests shards/cuda_headers/meta.json
+	$(PYTHON) tests/run_tests.py --build $(BUILD)
+layers:
+	$(PYTHON) tests/layers.py
+# On a machine with a GPU; STALE=1 remakes only what does not match the sources any more.
+gpu-report: all dev
+	$(PYTHON) tests/gpu/report.py --build $(BUILD) $(if $(STALE),--stale-only) $(NAMES)
+gpu-report-check:
+	@$(PYTHON) tests/gpu/report.py --build $(BUILD) --check
+mutants: all
+	$(PYTHON) tests/mutants.py
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Libraries that the system lacks: Debian packages unpacked into deps/, which can travel to a machine without network
+
+DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev
+MISSING_DEPS = $(strip $(foreach d,$(DEPS),$(if $(wildcard /usr/include/$(firstword $(subst :, ,$d)) deps/include/$(firstword $(subst :, ,$d))),,$d)))
+.PHONY: deps deps-check
+deps:
+	@mkdir -p deps/download && cd deps/download && rm -f *.deb && echo "  downloading $(foreach d,$(DEPS),$(lastword $(subst :, ,$d)))" && \
+	  { apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))) || { apt-get update -qq && \
+	    apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))); }; } && \
+	  for f in *.deb; do dpkg -x $$f unpacked; done && mkdir -p ../include ../lib && \
+	  cp -r unpacked/usr/include/. ../include/ && cp $$(find unpacked/usr/lib -name '*.a') ../lib/ && \
+	  cd .. && rm -rf download && echo "  deps/ is complete: it can be copied to a machine without network"
+deps-check:
+	@$(if $(MISSING_DEPS),echo "  missing headers: $(MISSING_DEPS)" && $(MAKE) --no-print-directory deps,:)
+
+.PHONY: clean help
+clean:
+	rm -rf build train_gpt_fp8 data/prepare
+help:
+	@echo "make                  build train_gpt_fp8 and data/prepare (ARCH=80: BF16 only, for sm_80 cards)"
+	@echo "make run              train the default model on the default corpus (ARGS=... adds options)"
+	@echo "make test             every test that this machine can run"
+	@echo "make check-NAME       correctness of one kernel on the GPU; bench-NAME its speed; NAME in: $(DEV_PROGRAMS)"
+	@echo "make gpu-report       remake tests/gpu_report/ on a GPU (STALE=1: only what is stale)"
+	@echo "make deps             bring the libraries that the system lacks into deps/"
+	@echo "make layers           check the direction of includes"

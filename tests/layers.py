@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Proves the dependency directions from the includes, and a few rules that a grep can prove.
+
+    train_gpt_fp8.cu -> trainer -> kernels -> kernels/common        train_gpt_fp8.cu -> data -> kernels/common/check.h
+    operations never include each other; dev/ and tests/ may include everything and nothing includes them;
+    trainer/reference never touches a kernel; format constants stand in kernels/common/dtype.h alone.
+"""
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
+
+# Layer of a file -> what it may include, as path prefixes. The first matching row decides.
+RULES = [
+    ("kernels/common/", ["kernels/common/"]),
+    ("kernels/", ["kernels/common/", "SELF"]),  # SELF: the operation's own NAME.h
+    ("data/", ["data/", "kernels/common/check.h"]),
+    ("trainer/reference/", ["trainer/", "kernels/common/check.h", "kernels/common/dtype.h", "kernels/common/step_state.h"]),
+    ("trainer/", ["trainer/", "kernels/"]),
+    ("train_gpt_fp8.cu", ["trainer/", "data/", "kernels/common/"]),
+]
+FORMAT_CONSTANTS = re.compile(r"\b(448|57344)(\.0?f?)?\b")
+
+
+def sources():
+    for path in sorted(ROOT.rglob("*")):
+        relative = path.relative_to(ROOT).as_posix()
+        if path.suffix in SUFFIXES and not relative.startswith(("build/", "deps/", "runs/")):
+            yield relative, path.read_text()
+
+
+def violations():
+    for name, text in sources():
+        rule = next((allowed for prefix, allowed in RULES if name.startswith(prefix)), None)
+        if rule is None:  # dev/ and tests/: everything
+            continue
+        own = re.sub(r"\.(cu|cuh|cpp|h)$", ".h", name)
+        for include in INCLUDE.findall(text):
+            if not (ROOT / include).exists():
+                yield f"{name}: \"{include}\" is not a path from the repository's root"
+            elif not any(include.startswith(own if prefix == "SELF" else prefix) for prefix in rule):
+                yield f"{name}: must not include {include}"
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
+        if name != "kernels/common/dtype.h" and FORMAT_CONSTANTS.search(code):
+            yield f"{name}: an FP8 format's limit outside kernels/common/dtype.h"
+
+
+def main():
+    found = list(violations())
+    for line in found:
+        print(line)
+    print(f"layers: {'ok' if not found else f'{len(found)} violations'}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

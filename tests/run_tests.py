@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Runs every test that this machine can run and ends with "N passed, N failed, N skipped".
+
+Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py.
+GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run.
+"""
+import argparse
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import layers
+import program_tests
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NO_GPU = 77  # exit status of a dev program that found no GPU
+
+
+class Tally:
+    def __init__(self):
+        self.passed = self.failed = self.skipped = 0
+
+    def add(self, passed=0, failed=0, skipped=0):
+        self.passed += passed
+        self.failed += failed
+        self.skipped += skipped
+
+
+def run(command, timeout_s=1200):
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        return done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as expired:
+        return -1, f"{expired.stdout or ''}\ntimed out after {timeout_s} s"
+
+
+def host_tests(build, tally):
+    for program in sorted(p for p in (build / "tests" / "host").iterdir() if p.suffix == ""):
+        status, output = run([str(program), "--gtest_brief=1"])
+        counts = {word: int(n) for word, n in re.findall(r"\[\s+(PASSED|SKIPPED|FAILED)\s+\] (\d+) test", output.replace("\r", ""))}
+        failed = counts.get("FAILED", 0)
+        if status != 0 and failed == 0:
+            failed = 1  # it crashed
+        tally.add(counts.get("PASSED", 0), failed, counts.get("SKIPPED", 0))
+        print(f"{program.name}: {counts.get('PASSED', 0)} passed, {failed} failed, {counts.get('SKIPPED', 0)} skipped")
+        if failed:
+            print(output)
+
+
+def function_tests(tally):
+    for name in sorted(n for n in dir(program_tests) if n.startswith("test_")):
+        try:
+            program_tests.__dict__[name]()
+            tally.add(passed=1)
+            print(f"program: {name}: passed")
+        except AssertionError as error:
+            tally.add(failed=1)
+            print(f"program: {name}: FAILED: {error}")
+
+
+def gpu_tests(build, tally):
+    for source in sorted((ROOT / "dev").glob("*.cu")):
+        program = build / "dev" / source.stem
+        if "run_dev_program(" not in source.read_text():
+            continue  # a tool, not a test
+        status, output = run([str(program), "check"])
+        match = re.search(r"(\d+) passed, (\d+) failed", output)
+        if status == NO_GPU:
+            tally.add(skipped=1)
+            print(f"{source.stem}: skipped: no GPU")
+        elif match:
+            tally.add(int(match[1]), int(match[2]) or (status != 0))
+            print(f"{source.stem}: {match[0]}")
+        else:
+            tally.add(failed=1)
+        if status not in (0, NO_GPU):
+            print(output)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", default="build/sm_90a")
+    build = ROOT / parser.parse_args().build
+    os.environ["TRAIN_GPT_BUILD"] = str(build)
+    tally = Tally()
+    status = layers.main()
+    tally.add(passed=status == 0, failed=status != 0)
+    host_tests(build, tally)
+    function_tests(tally)
+    gpu_tests(build, tally)
+    if tally.skipped:
+        print("skipped: what needs a GPU that this machine lacks (compiled, not run), or a file that is not here")
+    print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")
+    return 1 if tally.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
