@@ -1,0 +1,94 @@
+// data/prepare: text files and folders -> shards of tokens. FORMAT.md describes what it writes.
+//
+//   data/prepare --out shards/cuda_headers --tokenizer bytes /usr/local/cuda/include
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <thread>
+
+#include "data/corpus.h"
+#include "data/prepare_shards.h"
+#include "kernels/common/check.h"
+
+namespace {
+
+struct CommandLine {
+    PrepareOptions prepare;
+    std::string tokenizer = "bytes";
+    std::string gpt2_ranks;
+};
+
+void define_options(CLI::App& app, CommandLine& line) {
+    PrepareOptions& prepare = line.prepare;
+    prepare.extensions = kTextExtensions;
+    prepare.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    app.option_defaults()->always_capture_default();
+    app.add_option("INPUT", prepare.inputs, "text files, and folders to search for them")->required();
+    app.add_option("--out", prepare.out, "folder for the shards and meta.json")->required();
+    app.add_option("--tokenizer", line.tokenizer, "bytes or gpt2");
+    app.add_option("--gpt2-ranks", line.gpt2_ranks, "OpenAI's r50k_base.tiktoken, for --tokenizer gpt2");
+    app.add_option("--val-fraction", prepare.val_fraction, "part of the documents for validation, chosen by name");
+    app.add_option("--shard-tokens", prepare.shard_tokens, "most tokens of one shard");
+    app.add_option("--extensions", prepare.extensions, "of files in folders; \"none\": files without one");
+    app.add_option("--document-separator", prepare.separator,
+                   "text between the documents of one file, e.g. \"<|endoftext|>\"; empty: one document a file");
+    app.add_option("--threads", prepare.threads, "does not change the output");
+    app.add_flag("--overwrite", prepare.overwrite, "replace the shards in --out");
+}
+
+void show_progress(int64_t done, int64_t total) {
+    std::fprintf(stderr, "\r%.1f of %.1f MB", static_cast<double>(done) / 1e6, static_cast<double>(total) / 1e6);
+}
+
+void print_split(const char* name, const SplitCounts& counts) {
+    std::printf("%-5s | %lld documents | %lld bytes | %lld tokens | %.3f bytes/token | %lld shards\n", name,
+                static_cast<long long>(counts.documents), static_cast<long long>(counts.bytes),
+                static_cast<long long>(counts.tokens),
+                static_cast<double>(counts.bytes) / static_cast<double>(std::max<int64_t>(1, counts.tokens)),
+                static_cast<long long>(counts.shards));
+}
+
+void print_summary(const CommandLine& line, const PrepareSummary& summary, double seconds) {
+    std::printf("files | %lld taken | skipped: %lld binary, %lld empty, %lld duplicates\n",
+                static_cast<long long>(summary.files), static_cast<long long>(summary.binary_files),
+                static_cast<long long>(summary.empty_files), static_cast<long long>(summary.duplicate_files));
+    print_split("train", summary.train);
+    print_split("val", summary.val);
+    if (summary.val.tokens > 0)
+        std::printf("val entropy | %.4f nats/token | %.4f nats/byte (unigram)\n", summary.val_token_entropy,
+                    summary.val_byte_entropy);
+    std::printf("%s | tokenizer %s | %.2f s | %.1f MB/s\n", line.prepare.out.c_str(), line.tokenizer.c_str(), seconds,
+                static_cast<double>(summary.train.bytes + summary.val.bytes) / 1e6 / seconds);
+}
+
+void run(CommandLine& line) {
+    using Clock = std::chrono::steady_clock;
+    const bool terminal = isatty(STDERR_FILENO) == 1;
+    if (terminal) line.prepare.progress = show_progress;
+    const auto start = Clock::now();
+    const auto tokenizer = make_tokenizer(line.tokenizer, line.gpt2_ranks);
+    const PrepareSummary summary = prepare_shards(line.prepare, *tokenizer);
+    if (terminal) std::fputs("\r\x1b[K", stderr);
+    print_summary(line, summary, std::chrono::duration<double>(Clock::now() - start).count());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    CLI::App app("Turns text into shards of tokens: one document a file, end-of-text before each document.");
+    CommandLine line;
+    define_options(app, line);
+    try {
+        app.parse(argc, argv);
+        run(line);
+    } catch (const CLI::Success& help) {
+        return app.exit(help);
+    } catch (const std::exception& error) {  // Error, and what the standard library throws for files
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,36 @@
+// A corpus of text files -> a folder of token files and their meta.json (FORMAT.md). The work of the program data/prepare.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "data/tokenizer.h"
+
+struct PrepareOptions {
+    std::vector<std::string> inputs;  // files and folders
+    std::string out;                  // folder; made when missing
+    std::string extensions;           // kTextExtensions (corpus.h) or a list like it
+    std::string separator;            // between the documents of one file; empty: a file is a document
+    double val_fraction = 0.05;
+    int64_t shard_tokens = 100'000'000;
+    int threads = 1;         // the output does not depend on it
+    bool overwrite = false;  // replace the shards that `out` holds already
+    std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;  // may be empty
+};
+
+struct SplitCounts {
+    int64_t documents = 0, bytes = 0, tokens = 0, shards = 0;
+};
+
+struct PrepareSummary {
+    int64_t files = 0;  // taken; the next three were not
+    int64_t binary_files = 0, empty_files = 0, duplicate_files = 0;
+    SplitCounts train, val;
+    // Nats per symbol of the validation split's frequencies, 0 without one: over tokens it is the loss of a model that
+    // knows nothing but how often each token occurs, the mark that training must pass.
+    double val_token_entropy = 0, val_byte_entropy = 0;
+};
+
+// Either publishes a whole data set or throws Error and leaves `out` as it was.
+PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& tokenizer);

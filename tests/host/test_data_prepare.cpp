@@ -1,0 +1,276 @@
+// From text files to shards: which files and documents are taken, how they are cut, what is written and what is refused.
+#include <cmath>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+
+#include "data/corpus.h"
+#include "data/hash.h"
+#include "data/parallel_for.h"
+#include "data/prepare_shards.h"
+#include "tests/host/test_data_support.h"
+
+namespace {
+
+std::vector<std::string> names_of(const std::vector<SourceFile>& files) {
+    std::vector<std::string> names;
+    for (const SourceFile& file : files) names.push_back(file.name);
+    return names;
+}
+
+// Every file of a folder by name.
+std::map<std::string, std::string> contents_of(const std::string& folder) {
+    std::map<std::string, std::string> contents;
+    for (const auto& entry : std::filesystem::directory_iterator(folder))
+        contents[entry.path().filename().string()] = read_file(entry.path().string());
+    return contents;
+}
+
+// All tokens of one split as text, "|" for end-of-text.
+std::string text_of(const std::string& folder, const std::string& split) {
+    std::string text;
+    for (const auto& [name, bytes] : contents_of(folder)) {
+        if (!name.starts_with(split)) continue;
+        const TokenFile file(folder + "/" + name);
+        std::vector<int32_t> tokens(file.size());
+        file.read(0, file.size(), 257, tokens.data());
+        for (const int32_t token : tokens) text += token == 256 ? '|' : static_cast<char>(token);
+    }
+    return text;
+}
+
+PrepareOptions options_for(const std::string& input, const std::string& out) {
+    PrepareOptions options;
+    options.inputs = {input};
+    options.out = out;
+    options.extensions = kTextExtensions;
+    options.val_fraction = 0;
+    return options;
+}
+
+PrepareSummary prepare(const PrepareOptions& options) { return prepare_shards(options, ByteTokenizer()); }
+
+}  // namespace
+
+TEST(FindSourceFiles, SearchesFoldersInByteOrder) {
+    const TempFolder folder;
+    for (const char* name : {"b.txt", "B.TXT", "a/z.cpp", "a.md", "README", "image.png", ".hidden.txt", ".git/config.txt"})
+        write_text(folder / name, name);
+    std::filesystem::create_directory_symlink(folder.path(), folder / "a/cycle");
+    std::filesystem::create_symlink("nothing", folder / "dangling.txt");
+    const auto find = [&](const std::vector<std::string>& inputs, const std::string& extensions) {
+        return names_of(find_source_files(inputs, parse_extensions(extensions)));
+    };
+    using Names = std::vector<std::string>;
+    EXPECT_EQ(find({folder.path()}, kTextExtensions), (Names{"B.TXT", "README", "a.md", "a/z.cpp", "b.txt"}));
+    EXPECT_EQ(find({folder.path()}, ".CPP,none"), (Names{"README", "a/z.cpp"}));
+    EXPECT_EQ(find({folder / "b.txt", folder.path(), folder / "a"}, "txt,cpp"), (Names{"b.txt", "B.TXT", "a/z.cpp"}))
+        << "inputs in their order, no file twice";
+    EXPECT_EQ(find({folder / "image.png"}, "txt"), (Names{"image.png"})) << "a file that is named is taken";
+    EXPECT_ERROR(find({folder / "none"}, "txt"), "none: no such file or folder");
+    EXPECT_ERROR(find({"/dev/null"}, "txt"), "is neither a file nor a folder");
+    EXPECT_ERROR(parse_extensions("txt,,md"), "--extensions");
+}
+
+TEST(FindSourceFiles, FollowsLinksOutOfTheFolder) {
+    const TempFolder folder, elsewhere;
+    write_text(elsewhere / "far.txt", "far");
+    write_text(folder / "near.txt", "near");
+    std::filesystem::create_directory_symlink(elsewhere.path(), folder / "link");
+    EXPECT_EQ(names_of(find_source_files({folder.path()}, {"txt"})), (std::vector<std::string>{"link/far.txt", "near.txt"}));
+}
+
+TEST(Corpus, CutsBeforeNewlinesThatFollowVisibleCharacters) {
+    EXPECT_EQ(next_cut("ab\ncd\n", 0), 2u);
+    EXPECT_EQ(next_cut("ab\ncd\n", 3), 5u);
+    EXPECT_EQ(next_cut("ab\ncd", 3), 5u) << "the end";
+    EXPECT_EQ(next_cut("\n\n \n\t\nx\n", 0), 7u) << "not after white space";
+    EXPECT_EQ(next_cut("\xc2\xa0\n", 0), 3u) << "U+00A0 is white space, so nothing that is not ASCII counts";
+    EXPECT_EQ(next_cut("", 5), 0u);
+}
+
+TEST(Corpus, SplitsDocuments) {
+    using Documents = std::vector<std::string_view>;
+    EXPECT_EQ(split_documents("abc", ""), (Documents{"abc"}));
+    EXPECT_EQ(split_documents("a<>b<><>c<>", "<>"), (Documents{"a", "b", "c"}));
+    EXPECT_EQ(split_documents("<>", "<>"), Documents{});
+}
+
+TEST(Corpus, SplitByNameIsStableAndInProportion) {
+    int val = 0;
+    for (int i = 0; i < 10000; ++i) val += is_validation("folder/file" + std::to_string(i) + ".txt", 0.05);
+    EXPECT_NEAR(val, 500, 5 * 22);  // 5 standard deviations of a binomial count
+    for (int i = 0; i < 100; ++i) {
+        const std::string name = std::to_string(i);
+        EXPECT_FALSE(is_validation(name, 0));
+        EXPECT_TRUE(!is_validation(name, 0.1) || is_validation(name, 0.2)) << "a larger fraction only adds documents";
+    }
+    // The split is part of the data format: the hash must never change.
+    EXPECT_EQ(hash_bytes("crt/host_runtime.h"), 0xd5d01cde2f2c3fc0u);
+    EXPECT_EQ(hash_bytes("cuda_fp8.h"), 0x6cfd37dc51e93fd7u);
+    EXPECT_EQ(hash_bytes("abcd"), 0xe9a34ff64b43be2du);
+    EXPECT_EQ(hash_bytes("a"), 0xc4850b2213703926u);
+}
+
+TEST(ParallelFor, VisitsAllAndReportsTheFirstError) {
+    std::vector<int> visits(1000);
+    parallel_for(visits.size(), 4, [&](size_t i, int thread) { visits[i] += 1 + (thread < 0 || thread >= 4); });
+    EXPECT_EQ(visits, std::vector<int>(1000, 1));
+    EXPECT_ERROR(parallel_for(100, 4, [](size_t i, int) { REQUIRE(i < 30, "at %zu", i); }), "at 30");
+    parallel_for(0, 4, [](size_t, int) { FAIL(); });
+}
+
+TEST(Prepare, PutsEndOfTextBeforeEachDocument) {
+    const TempFolder folder;
+    write_text(folder / "in/b.txt", "second");
+    write_text(folder / "in/a.txt", "first");
+    write_text(folder / "in/c.txt", "");
+    write_text(folder / "in/d.txt", std::string("bin\0ary", 7));
+    write_text(folder / "in/e.txt", "first");
+    write_text(folder / "in/f.txt", std::string(4096, 'x') + '\0');
+    const PrepareSummary summary = prepare(options_for(folder / "in", folder / "out"));
+    EXPECT_EQ(text_of(folder / "out", "train"), "|first|second|" + std::string(4096, 'x') + '\0');
+    EXPECT_EQ(summary.files, 3);
+    EXPECT_EQ(summary.empty_files, 1);
+    EXPECT_EQ(summary.binary_files, 1);
+    EXPECT_EQ(summary.duplicate_files, 1);
+    EXPECT_EQ(summary.train.documents, 3);
+    EXPECT_EQ(summary.train.bytes, 5 + 6 + 4097);
+    EXPECT_EQ(summary.train.tokens, summary.train.bytes + 3);
+    EXPECT_FALSE(std::filesystem::exists(folder / "out/val_000000.bin"));
+    EXPECT_TRUE(nlohmann::json::parse(read_file(folder / "out/meta.json"))["val_token_entropy_nats"].is_null());
+}
+
+// 400 files, one of them of many segments, over several shards.
+TEST(Prepare, DoesNotDependOnTheNumberOfThreads) {
+    const TempFolder folder;
+    for (int i = 0; i < 400; ++i) {
+        std::ostringstream text;
+        for (int line = 0; line < (i == 7 ? 300000 : i); ++line) text << "file " << i << " line " << line << "\n";
+        write_text(folder / message("in/%d/%d.txt", i % 7, i), text.str());
+    }
+    std::map<std::string, std::string> expected;
+    for (const int threads : {1, 2, 5}) {
+        PrepareOptions options = options_for(folder / "in", folder / "out");
+        options.threads = threads;
+        options.val_fraction = 0.1;
+        options.shard_tokens = 1'000'003;
+        options.overwrite = true;
+        const PrepareSummary summary = prepare(options);
+        const auto found = contents_of(folder / "out");
+        if (expected.empty()) expected = found;
+        EXPECT_EQ(found.size(), static_cast<size_t>(summary.train.shards + summary.val.shards + 1));
+        EXPECT_TRUE(found == expected) << threads << " threads";
+        EXPECT_GE(summary.train.shards, 6);
+        EXPECT_GT(summary.val.documents, 20);
+        EXPECT_EQ(summary.train.documents + summary.val.documents, 399) << "file 0 is empty";
+    }
+    EXPECT_EQ(TokenFile(folder / "out/train_000000.bin").size(), 1'000'003);
+    EXPECT_EQ(TokenFile(folder / "out/train_000000.bin").info().end_of_text, 256);
+}
+
+// Longer than what is encoded at a time, so its parts come from several rounds.
+TEST(Prepare, KeepsLongDocumentsWhole) {
+    const TempFolder folder;
+    std::string text;
+    while (text.size() < 40'000'000) text += message("%zu: a line of a long document\n", text.size());
+    write_text(folder / "in.txt", text);
+    PrepareOptions options = options_for(folder / "in.txt", folder / "out");
+    options.threads = 3;
+    EXPECT_EQ(prepare(options).train.documents, 1);
+    EXPECT_TRUE(text_of(folder / "out", "train") == "|" + text);
+}
+
+TEST(Prepare, ReportsProgressToTheEnd) {
+    const TempFolder folder;
+    write_text(folder / "in/a.txt", "12345");
+    write_text(folder / "in/b.txt", "678");
+    PrepareOptions options = options_for(folder / "in", folder / "out");
+    int64_t done = 0, total = 0;
+    options.progress = [&](int64_t now, int64_t all) { done = now, total = all; };
+    prepare(options);
+    EXPECT_EQ(done, 8);
+    EXPECT_EQ(total, 8);
+}
+
+TEST(Prepare, HoldsOutTheEndOfASingleDocument) {
+    const TempFolder folder;
+    std::string text;
+    for (int i = 0; i < 100; ++i) text += message("line %02d\n", i);
+    write_text(folder / "in.txt", text);
+    PrepareOptions options = options_for(folder / "in.txt", folder / "out");
+    options.val_fraction = 0.25;
+    prepare(options);
+    const std::string train = text_of(folder / "out", "train"), val = text_of(folder / "out", "val");
+    EXPECT_EQ(train.substr(1) + val.substr(1), text);
+    EXPECT_NEAR(static_cast<double>(val.size()), 200, 10);
+}
+
+TEST(Prepare, SplitsAFileAtTheSeparator) {
+    const TempFolder folder;
+    write_text(folder / "in.txt", "one\n--\ntwo\n--\nthree\n");
+    PrepareOptions options = options_for(folder / "in.txt", folder / "out");
+    options.separator = "\n--\n";
+    EXPECT_EQ(prepare(options).train.documents, 3);
+    EXPECT_EQ(text_of(folder / "out", "train"), "|one|two|three\n");
+}
+
+TEST(Prepare, WritesTheEntropyOfTheValidationText) {
+    const TempFolder folder;
+    write_text(folder / "in.txt", std::string(15, 'x') + "\naaabbbcc");
+    PrepareOptions options = options_for(folder / "in.txt", folder / "out");
+    options.val_fraction = 0.4;
+    prepare(options);
+    ASSERT_EQ(text_of(folder / "out", "val"), "|\naaabbbcc");
+    // Tokens: 10, of them 3, 3, 2, 1, 1. Bytes: 9, of them 3, 3, 2, 1.
+    const auto meta = nlohmann::json::parse(read_file(folder / "out/meta.json"));
+    EXPECT_NEAR(meta["val_token_entropy_nats"], -(0.6 * std::log(0.3) + 0.2 * std::log(0.2) + 0.2 * std::log(0.1)), 1e-12);
+    EXPECT_NEAR(meta["val_byte_entropy_nats"], -(std::log(1. / 3) * 6 + std::log(2. / 9) * 2 + std::log(1. / 9)) / 9, 1e-12);
+    EXPECT_EQ(meta["tokenizer"], "bytes");
+    EXPECT_EQ(meta["vocab_size"], 257);
+    EXPECT_EQ(meta["val"]["tokens"], 10);
+}
+
+TEST(Prepare, ReplacesOnlyItsOwnFilesAndOnlyWhenAsked) {
+    const TempFolder folder;
+    write_text(folder / "in/a.txt", std::string(100, 'a'));
+    PrepareOptions options = options_for(folder / "in", folder / "out");
+    options.shard_tokens = 10;
+    EXPECT_EQ(prepare(options).train.shards, 11);
+    write_text(folder / "out/mine.bin", "mine");
+    EXPECT_ERROR(prepare(options), "holds shards already", "--overwrite");
+    options.overwrite = true;
+    options.shard_tokens = 60;
+    prepare(options);
+    std::set<std::string> names;
+    for (const auto& [name, bytes] : contents_of(folder / "out")) names.insert(name);
+    EXPECT_EQ(names, (std::set<std::string>{"meta.json", "mine.bin", "train_000000.bin", "train_000001.bin"}));
+}
+
+TEST(Prepare, RefusesBadInputAndLeavesNothing) {
+    const TempFolder folder;
+    write_text(folder / "in/a.txt", "a");
+    write_text(folder / "in/b.txt", "b");
+    write_text(folder / "bin/a.txt", std::string(1, '\0'));
+    const PrepareOptions good = options_for(folder / "in", folder / "out");
+    const auto error_with = [&](auto change) {
+        PrepareOptions options = good;
+        change(options);
+        return error_of([&] { prepare(options); });
+    };
+    const auto expect = [](const std::string& text, const std::string& part) {
+        EXPECT_NE(text.find(part), std::string::npos) << text;
+    };
+    expect(error_with([](auto& o) { o.val_fraction = 1; }), "--val-fraction 1: must be at least 0 and below 1");
+    expect(error_with([](auto& o) { o.val_fraction = std::nan(""); }), "--val-fraction nan");
+    expect(error_with([](auto& o) { o.val_fraction = 1e-9; }), "validation split is empty: 2 documents");
+    expect(error_with([](auto& o) { o.val_fraction = 0.9999999; }), "training split is empty: 2 documents");
+    expect(error_with([](auto& o) { o.shard_tokens = 0; }), "--shard-tokens 0");
+    expect(error_with([](auto& o) { o.threads = 0; }), "--threads 0");
+    expect(error_with([](auto& o) { o.extensions = "md"; }), "no files with the extensions md");
+    expect(error_with([&](auto& o) { o.inputs = {folder / "bin"}; }), "no text in the input: 1 binary");
+    expect(error_with([&](auto& o) { o.out = folder / "in/a.txt"; }), "is not a folder");
+    EXPECT_TRUE(contents_of(folder / "out").empty());
+    EXPECT_EQ(prepare(good).train.documents, 2);
+}
