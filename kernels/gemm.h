@@ -11,8 +11,9 @@
 //   grad_weight  dW (out, in)     = BF16: A = dy (tokens,out) col_k, B = x (tokens,in) col_k;
 //                                   FP8:  A = dyt (out,tokens) row_k, B = xt (in,tokens) row_k
 //
-// Constraints (checked, with the values): FP8: K % 16 == 0, N % 16 == 0, one of A, B is E4M3, pointers 16-byte aligned.
-// D is BF16 or FP32; accumulate (beta = 1) in place; bias is BF16 and needs D BF16.
+// Constraints (checked, with the values): FP8: K % 16 == 0, N % 16 == 0, one of A, B is E4M3. BF16: any dimension for
+// which cuBLASLt has an algorithm, multiples of 8 for speed. Every pointer is 16-byte aligned; a scale or a bias is
+// given exactly when the shape has one. D is BF16 or FP32; accumulate (beta = 1) in place; a bias is BF16, as its D.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -50,8 +51,8 @@ struct GemmChoice {       // what autotuning found, for the log and the checkpoi
     std::string key;
     int algorithm;        // index in the heuristic's list
     int candidates;
-    float us;             // best measured time, or 0 when it came from the cache
-    float first_us;       // time of the heuristic's first choice
+    float us;             // best measured time, or 0 when nothing was measured (from the cache, or no autotuning)
+    float first_us;       // time of the heuristic's first choice that runs, or 0
     bool from_cache;
 };
 
@@ -66,11 +67,13 @@ class Gemm {
     explicit Gemm(const Options& options);
     ~Gemm();
 
-    void plan(const GemmShape& shape);
+    void plan(const GemmShape& shape);  // tuning allocates operands of this shape and frees them before it returns
     void run(const GemmShape& shape, const GemmOperands& operands, cudaStream_t stream);
 
     const std::vector<GemmChoice>& choices() const;
-    void save_cache() const;          // atomically; a cache that cannot be written is a warning, not an error
+    // Atomically, and with what other devices, versions and processes have put into the file since it was read. A cache
+    // that cannot be written is a warning, not an error; without a cache_file this does nothing.
+    void save_cache() const;
     static size_t workspace_bytes();
 
   private:
