@@ -10,6 +10,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 struct Classifier {
     __nv_bfloat16* logits;        // (rows, Vp)
     const int* targets;           // (rows)

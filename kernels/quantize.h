@@ -35,7 +35,7 @@ struct QuantizeActivation {
     Dtype format;                 // e4m3 or e5m2
     Producer producer = Producer::identity;
 };
-size_t quantize_workspace_bytes(int M, int N);
+size_t quantize_workspace_bytes(int M, int N);  // grows with M and with N: the largest matrix's serves all
 void quantize_activation(const QuantizeActivation& p, cudaStream_t stream);
 
 // The weights, from the FP32 master. In one launch for any number of matrices (`tensors` is in device memory).

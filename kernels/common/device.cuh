@@ -26,9 +26,19 @@ using Bf16x8 = Vec<bf16, 8>;
 using F32x4 = Vec<float, 4>;
 
 template <class V, class T>
-__device__ __forceinline__ V load(const T* p) { return *reinterpret_cast<const V*>(p); }
+__device__ __forceinline__ V load(const T* p) {
+    if constexpr (sizeof(V) == 16) {  // through int4: the compiler may split a struct's copy into 4-byte accesses
+        const int4 raw = *reinterpret_cast<const int4*>(p);
+        return reinterpret_cast<const V&>(raw);
+    } else {
+        return *reinterpret_cast<const V*>(p);
+    }
+}
 template <class V, class T>
-__device__ __forceinline__ void store(T* p, const V& v) { *reinterpret_cast<V*>(p) = v; }
+__device__ __forceinline__ void store(T* p, const V& v) {
+    if constexpr (sizeof(V) == 16) *reinterpret_cast<int4*>(p) = reinterpret_cast<const int4&>(v);
+    else *reinterpret_cast<V*>(p) = v;
+}
 
 // Streaming versions (evict-first): for data that is not read again while it could still be in L2.
 template <class V, class T>
@@ -107,20 +117,33 @@ __device__ __forceinline__ uint16_t cast_fp8x2(float x0, float x1, float scale) 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // GELU, tanh form (GPT-2's). Here because activation and the fused quantizers must give the same bits.
+//
+// With 1 + tanh(u) = 2 sigmoid(2u):  gelu(x) = x s,  s = sigmoid(c x (1 + 0.044715 x^2)),  c = 2 sqrt(2/pi)
+//                                    gelu'(x) = s (1 + (1 - s) c x (1 + 3 * 0.044715 x^2))
+// One exponential and one reciprocal, and no cancellation in the negative tail, unlike 1 + tanh(u).
 
-__device__ __forceinline__ float gelu_tanh_argument(float x) {
-    constexpr float kSqrt2OverPi = 0.7978845608028654f;
-    return kSqrt2OverPi * x * (1.0f + 0.044715f * x * x);
+constexpr float kGeluC = 1.5957691216057308f;
+constexpr float kGeluCubic = 0.044715f;
+
+// 2^x and 1/x of the special-function unit (relative error below 2^-22), denormals flushed.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
-// tanh through one exponential and one division, accurate to a few ulp of float: tanh.approx (2^-11) would be coarser
-// than the BF16 that the result is rounded to.
-__device__ __forceinline__ float tanh_accurate(float u) {
-    const float e = __expf(-2.0f * fabsf(u));
-    return copysignf(__fdividef(1.0f - e, 1.0f + e), u);
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + tanh_accurate(gelu_tanh_argument(x))); }
+
+__device__ __forceinline__ float gelu_sigmoid(float x) {
+    constexpr float k = kGeluC * 1.4426950408889634f;  // log2(e)
+    return reciprocal_approx(1.0f + exp2_approx(x * fmaf(x * x, -k * kGeluCubic, -k)));
+}
+__device__ __forceinline__ float gelu(float x) { return x * gelu_sigmoid(x); }
+// NaN for |x| > 7e12, where the cubic overflows.
 __device__ __forceinline__ float gelu_derivative(float x) {
-    constexpr float kSqrt2OverPi = 0.7978845608028654f;
-    const float t = tanh_accurate(gelu_tanh_argument(x));
-    return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * kSqrt2OverPi * (1.0f + 3.0f * 0.044715f * x * x);
+    const float s = gelu_sigmoid(x);
+    return s * fmaf(x * fmaf(x * x, 3 * kGeluCubic * kGeluC, kGeluC), 1.0f - s, 1.0f);
 }

@@ -1,0 +1,444 @@
+// The FP8 casts against the host quantizer, bit for bit, and their speed.
+#include "kernels/quantize.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+
+#include "dev/harness.h"
+#include "kernels/common/device.cuh"
+#include "trainer/reference/quantizer.h"
+
+namespace {
+constexpr Dtype kFormats[] = {Dtype::e4m3, Dtype::e5m2};
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+std::string shape_text(int64_t rows, int64_t cols) { return message("%lldx%lld", (long long)rows, (long long)cols); }
+
+// The product's kernel must not be its own reference: the GELU is rounded here, and the codes are made on the host.
+__global__ void rounded_gelu(const bf16* x, bf16* y, int64_t n) {
+    const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = __float2bfloat16_rn(gelu(__bfloat162float(x[i])));
+}
+
+std::vector<bf16> produced(const std::vector<bf16>& x, Producer producer) {
+    if (producer == Producer::identity) return x;
+    const DeviceBuffer<bf16> in(x), out(x.size());
+    const auto n = static_cast<int64_t>(x.size());
+    rounded_gelu<<<static_cast<unsigned>(ceil_div(n, 256)), 256>>>(in.get(), out.get(), n);
+    CUDA_CHECK_LAUNCH();
+    return out.download();
+}
+
+uint16_t bits_of(bf16 x) { return std::bit_cast<uint16_t>(x); }
+
+// Codes of all 65536 BF16 numbers, then of a matrix by look-up: references of 100 million elements stay cheap.
+std::vector<uint8_t> codes_of(const std::vector<bf16>& x, float scale, Dtype format) {
+    std::vector<uint8_t> table(65536), codes(x.size());
+    for (int i = 0; i < 65536; i++) table[i] = encode_fp8(bf16_value(uint16_t(i)) * scale, format);
+#pragma omp parallel for
+    for (size_t i = 0; i < x.size(); i++) codes[i] = table[bits_of(x[i])];
+    return codes;
+}
+template <class T>
+std::vector<T> transposed(const std::vector<T>& x, int64_t rows, int64_t cols) {
+    std::vector<T> y(x.size());
+#pragma omp parallel for
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = 0; r < rows; r++) y[c * rows + r] = x[r * cols + c];
+    return y;
+}
+
+QuantSlot measured_slot(float amax) {
+    return {.inv_scale = kNan, .scale = kNan, .amax_bits = std::bit_cast<uint32_t>(amax), .unused = 0x12345678u};
+}
+bool same_number(float a, float b) {
+    return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b) || (std::isnan(a) && std::isnan(b));
+}
+// Scale and reciprocal as the host computes them; nothing else of the slot may have changed.
+bool slot_is_right(const QuantSlot& slot, float amax, Dtype format) {
+    const float scale = scale_from_amax(amax, format);
+    return same_number(slot.scale, scale) && same_number(slot.inv_scale, 1.0f / scale) &&
+           slot.amax_bits == std::bit_cast<uint32_t>(amax) && slot.unused == 0x12345678u;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One matrix through the fused kernel
+
+struct Case {
+    std::string name;
+    int M, N;
+    Dtype format;
+    Producer producer = Producer::identity;
+    std::optional<float> amax = {};  // of the slot, where it is not the matrix's own
+};
+
+void check_cast(Report& report, const Case& c, const std::vector<bf16>& x) {
+    const std::vector<bf16> values = produced(x, c.producer);
+    const float amax = c.amax ? *c.amax : amax_of(to_float(values));
+    const std::vector<uint8_t> expected = codes_of(values, scale_from_amax(amax, c.format), c.format);
+    const std::string shape = message("%s %s %s", shape_text(c.M, c.N).c_str(), name_of(c.format),
+                                      c.producer == Producer::gelu ? "gelu" : "identity");
+
+    const DeviceBuffer<bf16> in(x);
+    const DeviceBuffer<uint8_t> q(x.size()), qt(x.size());
+    DeviceBuffer<QuantSlot> slot(std::vector<QuantSlot>{measured_slot(amax)});
+    const DeviceBuffer<uint32_t> nonfinite(std::vector<uint32_t>{0});
+    QuantizeActivation call{.x = in.get(), .q = q.get(), .qt = qt.get(), .dbias = nullptr, .slot = slot.get(),
+                            .nonfinite = nonfinite.get(), .workspace = nullptr, .M = c.M, .N = c.N, .format = c.format,
+                            .producer = c.producer};
+    quantize_activation(call, nullptr);
+    report.compare_bits(c.name + " q", shape, q.download(), expected);
+    report.compare_bits(c.name + " qt", shape, qt.download(), transposed(expected, c.M, c.N));
+    const QuantSlot after = slot.download()[0];
+    const bool slot_right = slot_is_right(after, amax, c.format);
+    const bool flag_right = nonfinite.download()[0] == (std::isfinite(amax) ? 0u : 1u);
+
+    // Each output alone, without a flag.
+    call.nonfinite = nullptr;
+    const DeviceBuffer<uint8_t> q_alone(x.size()), qt_alone(x.size());
+    call.q = q_alone.get(), call.qt = nullptr;
+    quantize_activation(call, nullptr);
+    call.q = nullptr, call.qt = qt_alone.get();
+    quantize_activation(call, nullptr);
+    const bool alone_right = q_alone.download() == q.download() && qt_alone.download() == qt.download();
+    const bool guards = q.guards_intact() && qt.guards_intact() && q_alone.guards_intact() &&
+                        qt_alone.guards_intact() && slot.guards_intact() && nonfinite.guards_intact();
+    report.expect(c.name + " slot, flag, single outputs, guards", shape,
+                  slot_right && flag_right && alone_right && guards,
+                  message("scale %g, inverse %g, amax %g; slot %d flag %d single %d guards %d", double(after.scale),
+                          double(after.inv_scale), double(amax), slot_right, flag_right, alone_right, guards));
+}
+
+// The bias gradient: fused with the cast, again, and alone.
+void check_dbias(Report& report, const Case& c, const std::vector<bf16>& x) {
+    const std::vector<bf16> values = produced(x, c.producer);
+    const std::string shape = message("%s %s %s", shape_text(c.M, c.N).c_str(), name_of(c.format),
+                                      c.producer == Producer::gelu ? "gelu" : "identity");
+    const std::vector<float> before = random_normal(size_t(c.N));
+    std::vector<double> reference(before.begin(), before.end());
+#pragma omp parallel for
+    for (int n = 0; n < c.N; n++)
+        for (int m = 0; m < c.M; m++) reference[n] += bf16_value(bits_of(values[size_t(m) * c.N + n]));
+
+    const float amax = amax_of(to_float(values));
+    const DeviceBuffer<bf16> in(x);
+    const DeviceBuffer<uint8_t> q(x.size()), qt(x.size()), workspace(quantize_workspace_bytes(c.M, c.N));
+    DeviceBuffer<QuantSlot> slot(std::vector<QuantSlot>{measured_slot(amax)});
+    std::vector<std::vector<float>> results;
+    const auto run = [&](bool cast) {
+        const DeviceBuffer<float> dbias(before);
+        quantize_activation({.x = in.get(), .q = cast ? q.get() : nullptr, .qt = cast ? qt.get() : nullptr,
+                             .dbias = dbias.get(), .slot = cast ? slot.get() : nullptr, .nonfinite = nullptr,
+                             .workspace = workspace.get(), .M = c.M, .N = c.N, .format = c.format,
+                             .producer = c.producer}, nullptr);
+        results.push_back(dbias.download());
+        return dbias.guards_intact();
+    };
+    const bool fused = run(true), again = run(true), alone = run(false);
+    // A column is added in a tree: 8 rows, up to 4 tiles, 16 patch rows, strips in 32 lanes. Fewer than 80 roundings of
+    // 2^-24 each lie on one element's way to the sum, and they are random: sqrt(80) * 2^-24 * |partial sums| is below
+    // 1e-6 of the root of the sum of squares, which is the size of a sum of random numbers.
+    report.compare(c.name + " dbias", shape, results[0], reference, 1, c.N, {.relative = 1e-6, .absolute = 1e-3});
+    report.compare_bits(c.name + " dbias alone", shape, results[2], results[0]);
+    const std::vector<uint8_t> expected = codes_of(values, scale_from_amax(amax, c.format), c.format);
+    const bool same_again = results[1] == results[0], q_right = q.download() == expected;
+    const bool qt_right = qt.download() == transposed(expected, c.M, c.N);
+    const bool guards = fused && again && alone && q.guards_intact() && qt.guards_intact() && workspace.guards_intact();
+    report.expect(c.name + " dbias again, codes beside it, guards", shape, same_again && q_right && qt_right && guards,
+                  message("again %d q %d qt %d guards %d", same_again, q_right, qt_right, guards));
+}
+
+// Every BF16 number there is under several scales. With amax = fp8_max the scale is 1, so among them are every code's
+// value, every midpoint between two codes, the subnormals, values that overflow, both zeros, infinities and NaNs.
+void check_every_bf16(Report& report) {
+    std::vector<bf16> every(65536);
+    for (int i = 0; i < 65536; i++) every[i] = std::bit_cast<bf16>(uint16_t(i));
+    for (const Dtype format : kFormats)
+        for (const float amax : {fp8_max(format), 1.0f, 3.17e-5f, 2.71e20f, 3.3e38f, 1e-12f, 1e-13f, 1e-40f, 0.0f,
+                                 kInfinity, kNan}) {
+            const std::string name = message("every bf16, amax %g:", double(amax));
+            check_cast(report, {.name = name, .M = 256, .N = 256, .format = format, .amax = amax}, every);
+        }
+    for (const Dtype format : kFormats) {
+        const std::vector<uint8_t> codes = codes_of(every, 1.0f, format);
+        bool exact = true;  // every finite code's value is a BF16 number and comes back as itself
+        for (int code = 0; code < 256; code++) {
+            const float value = decode_fp8(uint8_t(code), format);
+            if (std::isfinite(value)) exact &= round_to_bf16(value) == value && codes[bf16_bits(value)] == code;
+        }
+        report.expect("every code is reached", name_of(format), exact, "exact round trips");
+    }
+}
+
+void check_shapes(Report& report) {
+    struct Shape {
+        int M, N;
+    };
+    std::vector<Shape> shapes = {{1, 1},     {3, 5},     {16, 16},   {17, 33},    {127, 129}, {128, 128},
+                                 {144, 272}, {1000, 48}, {64, 4096}, {257, 1040}, {520, 131}};
+    for (const auto [M, N] : shapes)
+        for (const Dtype format : kFormats)
+            for (const Producer producer : {Producer::identity, Producer::gelu}) {
+                const std::vector<bf16> x = to_bf16(random_normal(size_t(M) * N, 2.0f));
+                check_cast(report, {.name = "random", .M = M, .N = N, .format = format, .producer = producer}, x);
+                check_dbias(report, {.name = "random", .M = M, .N = N, .format = format, .producer = producer}, x);
+            }
+    check_cast(report, {.name = "zeros", .M = 48, .N = 80, .format = Dtype::e4m3},
+               std::vector<bf16>(48 * 80, std::bit_cast<bf16>(uint16_t(0))));
+
+    // So many tiles that a block walks a strip of several; the last strip is short, and the matrix narrow, so small.
+    shapes = {{524304, 16}};
+    if (!report.small_only) shapes.insert(shapes.end(), {{524289, 3}, {16384, 1600}, {65536, 768}, {16384, 6400}});
+    for (const auto [M, N] : shapes) {
+        const std::vector<bf16> x = to_bf16(random_normal(size_t(M) * N));
+        if (!report.small_only) check_cast(report, {.name = "strips", .M = M, .N = N, .format = Dtype::e4m3}, x);
+        check_dbias(report, {.name = "strips", .M = M, .N = N, .format = Dtype::e5m2}, x);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// amax
+
+template <class T>
+void check_amax_of(Report& report, const std::string& name, const std::vector<T>& x, uint32_t before, float expected,
+                   void (*amax)(const T*, int64_t, QuantSlot*, cudaStream_t)) {
+    const DeviceBuffer<T> in(x);
+    QuantSlot slot = measured_slot(0.0f);
+    slot.amax_bits = before;
+    const DeviceBuffer<QuantSlot> out(std::vector<QuantSlot>{slot});
+    amax(in.get(), int64_t(x.size()), out.get(), nullptr);
+    const uint32_t got = out.download()[0].amax_bits, want = std::max(before, std::bit_cast<uint32_t>(expected));
+    report.expect(name, message("n=%zu", x.size()), got == want && out.guards_intact(), message("0x%08x", got));
+}
+
+void check_amax(Report& report) {
+    std::vector<size_t> sizes = {1, 7, 8, 9, 255, 4099, 100003, (1 << 20) + 5};
+    if (!report.small_only) sizes.push_back((size_t(1) << 26) + 13);
+    for (const size_t n : sizes) {
+        std::vector<float> x = random_normal(n);
+        x[n - 1] = -100.0f;  // the last element, which only the tail reads
+        const std::vector<bf16> rounded = to_bf16(x);
+        check_amax_of(report, "amax_f32", x, 0, amax_of(x), amax_f32);
+        check_amax_of(report, "amax_bf16", rounded, 0, amax_of(to_float(rounded)), amax_bf16);
+    }
+    for (const float special : {kInfinity, -kInfinity, kNan, -kNan, -0.0f, 1e-40f})
+        for (const size_t at : {size_t(0), size_t(5), size_t(3000), size_t(4098)}) {
+            std::vector<float> x = std::isfinite(special) ? std::vector<float>(4099, 0.0f) : random_normal(4099);
+            x[at] = special;
+            const std::vector<bf16> rounded = to_bf16(x);
+            const std::string name = message(" with %g at %zu", double(special), at);
+            check_amax_of(report, "amax_f32" + name, x, 0, amax_of(x), amax_f32);
+            check_amax_of(report, "amax_bf16" + name, rounded, 0, amax_of(to_float(rounded)), amax_bf16);
+        }
+    check_amax_of(report, "amax_f32 keeps a larger one", random_normal(1000), std::bit_cast<uint32_t>(1e9f), 0.0f,
+                  amax_f32);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights
+
+// Values that decide a rounding when the scale is 1: codes, midpoints, and the floats on both sides of each.
+std::vector<float> rounding_edges(Dtype format) {
+    std::vector<float> edges = {0.0f, -0.0f, 1e-45f, 1e30f, kInfinity, -kInfinity, kNan};
+    for (int code = 0; code < 256; code++) {
+        const float value = decode_fp8(uint8_t(code), format), next = decode_fp8(uint8_t(code + 1), format);
+        if (!std::isfinite(value)) continue;
+        for (const float center : {value, std::isfinite(next) ? (value + next) / 2 : value})
+            for (const float x : {center, std::nextafter(center, kInfinity), std::nextafter(center, -kInfinity)})
+                edges.push_back(x);
+    }
+    return edges;
+}
+
+struct WeightSet {
+    struct Shape {
+        int N, K;
+    };
+    std::vector<Shape> shapes;
+    std::vector<size_t> offsets;  // in elements; the gaps are padding that must stay as it is
+    size_t elements = 0;
+    explicit WeightSet(std::vector<Shape> of) : shapes(std::move(of)) {
+        for (const auto [N, K] : shapes) {
+            offsets.push_back(elements);
+            elements += size_t(ceil_div(int64_t(N) * K, 64) * 64);
+        }
+    }
+    std::vector<QuantizeWeight> table(const float* master, uint8_t* q, uint8_t* qt, QuantSlot* slots) const {
+        std::vector<QuantizeWeight> rows;
+        for (size_t i = 0; i < shapes.size(); i++)
+            rows.push_back({.master = master + offsets[i], .q = q + offsets[i], .qt = qt + offsets[i],
+                            .slot = slots + i, .N = shapes[i].N, .K = shapes[i].K, .first_tile = -1});
+        return rows;
+    }
+};
+
+void check_weights(Report& report, Dtype format) {
+    const std::vector<float> edges = rounding_edges(format);
+    std::vector<WeightSet::Shape> shapes = {{1, 1},     {16, 16},   {3, 5},     {1, int(edges.size())}, {128, 128},
+                                            {384, 128}, {130, 257}, {272, 144}, {64, 48},               {127, 129}};
+    constexpr size_t kEdges = 3, kZeros = 8;
+    for (int i = 0; i < 300; i++) shapes.push_back({16 + i % 3, 32});  // more tensors than a block has threads
+    if (!report.small_only) shapes.insert(shapes.end(), {{768, 3072}, {2304, 768}, {1600, 6400}});
+    const WeightSet set(shapes);
+    std::vector<float> master = random_normal(set.elements, 0.02f);
+    std::copy(edges.begin(), edges.end(), master.begin() + int64_t(set.offsets[kEdges]));
+    std::fill_n(master.begin() + int64_t(set.offsets[kZeros]), shapes[kZeros].N * shapes[kZeros].K, 0.0f);
+
+    const DeviceBuffer<float> in(master);
+    DeviceBuffer<uint8_t> q(set.elements), qt(set.elements);
+    DeviceBuffer<QuantSlot> slots(std::vector<QuantSlot>(shapes.size(), measured_slot(0.0f)));
+    std::vector<QuantizeWeight> table = set.table(in.get(), q.get(), qt.get(), slots.get());
+    for (const QuantizeWeight& w : table) amax_f32(w.master, int64_t(w.N) * w.K, w.slot, nullptr);
+    std::vector<QuantSlot> measured = slots.download();
+    measured[kEdges].amax_bits = std::bit_cast<uint32_t>(fp8_max(format));  // scale 1
+    slots.upload(measured);
+    const int64_t tiles = quantize_weights_plan(table.data(), int(table.size()));
+    const DeviceBuffer<QuantizeWeight> device_table(table);
+    const DeviceBuffer<uint32_t> skip(std::vector<uint32_t>{1}), keep(std::vector<uint32_t>{0});
+    const DeviceBuffer<uint32_t> flag(std::vector<uint32_t>{0});
+    const auto run = [&](const uint32_t* skip_flag) {
+        quantize_weights(device_table.get(), int(table.size()), tiles, format, skip_flag, flag.get(), nullptr);
+    };
+
+    const std::vector<uint8_t> untouched(set.elements, 0xff);
+    run(skip.get());
+    const std::vector<QuantSlot> slots_skipped = slots.download();
+    report.expect("weights skipped", name_of(format),
+                  q.download() == untouched && qt.download() == untouched &&
+                      std::memcmp(slots_skipped.data(), measured.data(), measured.size() * sizeof(QuantSlot)) == 0,
+                  "nothing written");
+
+    std::vector<uint8_t> expected(untouched), expected_transposed(untouched);
+    bool slots_right = true;
+    for (size_t i = 0; i < shapes.size(); i++) {
+        const auto [N, K] = shapes[i];
+        const float scale = scale_from_amax(std::bit_cast<float>(measured[i].amax_bits), format);
+        for (int n = 0; n < N; n++)
+            for (int k = 0; k < K; k++) {
+                const size_t at = set.offsets[i] + size_t(n) * K + k;
+                expected[at] = encode_fp8(master[at] * scale, format);
+                expected_transposed[set.offsets[i] + size_t(k) * N + n] = expected[at];
+            }
+    }
+    for (const bool with_flag : {false, true}) {
+        const uint32_t* skip_flag = with_flag ? keep.get() : nullptr;
+        q.poison(), qt.poison();
+        run(skip_flag);
+        const std::string name = skip_flag ? "weights, skip 0," : "weights";
+        report.compare_bits(name + " q", name_of(format), q.download(), expected);
+        report.compare_bits(name + " qt", name_of(format), qt.download(), expected_transposed);
+    }
+    const std::vector<QuantSlot> after = slots.download();
+    for (size_t i = 0; i < shapes.size(); i++)
+        slots_right &= slot_is_right(after[i], std::bit_cast<float>(measured[i].amax_bits), format);
+    report.expect("weights slots", name_of(format), slots_right && flag.download()[0] == 0, "scales as on the host");
+    report.expect("weights scale of zeros", name_of(format),
+                  after[kZeros].scale == float(double(fp8_max(format)) / 1e-12),
+                  message("%g", double(after[kZeros].scale)));
+
+    measured[4].amax_bits = std::bit_cast<uint32_t>(kInfinity);
+    slots.upload(measured);
+    run(nullptr);
+    report.expect("weights infinite amax", name_of(format), flag.download()[0] == 1, "raises the flag");
+    report.expect("weights guards", name_of(format),
+                  q.guards_intact() && qt.guards_intact() && slots.guards_intact() && flag.guards_intact(), "intact");
+}
+
+void checks(Report& report) {
+    check_every_bf16(report);
+    check_shapes(report);
+    check_amax(report);
+    for (const Dtype format : kFormats) check_weights(report, format);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Speed
+
+// A large random tensor: a few million random numbers over and over.
+template <class T>
+std::unique_ptr<DeviceBuffer<T>> filled(size_t n, const std::vector<T>& pool) {
+    auto buffer = std::make_unique<DeviceBuffer<T>>(n);
+    for (size_t at = 0; at < n; at += pool.size())
+        CUDA_CHECK(cudaMemcpy(buffer->get() + at, pool.data(), std::min(pool.size(), n - at) * sizeof(T),
+                              cudaMemcpyHostToDevice));
+    return buffer;
+}
+
+void bench_activations(Report& report, int M, int N) {
+    const size_t n = size_t(M) * N;
+    const int sets = n < (size_t(1) << 26) ? 3 : 1;  // at least 200 MB of inputs, or inputs larger than that
+    const std::vector<bf16> pool = to_bf16(random_normal(size_t(1) << 22));
+    std::vector<std::unique_ptr<DeviceBuffer<bf16>>> x;
+    std::vector<std::unique_ptr<DeviceBuffer<uint8_t>>> q, qt;
+    for (int i = 0; i < sets; i++) {
+        x.push_back(filled(n, pool));
+        q.push_back(std::make_unique<DeviceBuffer<uint8_t>>(n));
+        qt.push_back(std::make_unique<DeviceBuffer<uint8_t>>(n));
+    }
+    const DeviceBuffer<QuantSlot> slot(std::vector<QuantSlot>{measured_slot(6.0f)});
+    const DeviceBuffer<float> dbias(std::vector<float>(size_t(N), 0.0f));
+    const DeviceBuffer<uint8_t> workspace(quantize_workspace_bytes(M, N));
+
+    report.bench({.name = "amax_bf16", .shape = shape_text(M, N), .bytes = 2.0 * double(n), .sets = sets},
+                 [&](int set, cudaStream_t s) { amax_bf16(x[set]->get(), int64_t(n), slot.get(), s); });
+    struct Variant {
+        const char* name;
+        Dtype format;
+        Producer producer;
+        bool q, qt, dbias;
+    };
+    for (const Variant& v : {Variant{"cast+transpose e4m3", Dtype::e4m3, Producer::identity, true, true, false},
+                             Variant{"cast+transpose e5m2", Dtype::e5m2, Producer::identity, true, true, false},
+                             Variant{"cast+transpose+dbias e5m2", Dtype::e5m2, Producer::identity, true, true, true},
+                             Variant{"cast+transpose+dbias e4m3", Dtype::e4m3, Producer::identity, true, true, true},
+                             Variant{"gelu+cast+transpose e4m3", Dtype::e4m3, Producer::gelu, true, true, false},
+                             Variant{"gelu+cast+transpose+dbias e4m3", Dtype::e4m3, Producer::gelu, true, true, true},
+                             Variant{"cast e4m3", Dtype::e4m3, Producer::identity, true, false, false},
+                             Variant{"transpose e4m3", Dtype::e4m3, Producer::identity, false, true, false},
+                             Variant{"dbias alone", Dtype::e4m3, Producer::identity, false, false, true}})
+        report.bench({.name = v.name, .shape = shape_text(M, N),
+                      .bytes = double(n) * (2.0 + v.q + v.qt) + 8.0 * v.dbias * N, .sets = sets},
+                     [&](int set, cudaStream_t s) {
+                         quantize_activation({.x = x[set]->get(), .q = v.q ? q[set]->get() : nullptr,
+                                              .qt = v.qt ? qt[set]->get() : nullptr,
+                                              .dbias = v.dbias ? dbias.get() : nullptr,
+                                              .slot = v.q || v.qt ? slot.get() : nullptr, .nonfinite = nullptr,
+                                              .workspace = workspace.get(), .M = M, .N = N, .format = v.format,
+                                              .producer = v.producer}, s);
+                     });
+}
+
+void bench_weights(Report& report, const char* model, int layers, int C) {
+    std::vector<WeightSet::Shape> shapes;
+    for (int layer = 0; layer < layers; layer++)
+        shapes.insert(shapes.end(), {{3 * C, C}, {C, C}, {4 * C, C}, {C, 4 * C}});
+    const WeightSet set(shapes);
+    const auto master = filled(set.elements, random_normal(size_t(1) << 22, 0.02f));
+    DeviceBuffer<uint8_t> q(set.elements), qt(set.elements);
+    const DeviceBuffer<QuantSlot> slots(std::vector<QuantSlot>(shapes.size(), measured_slot(0.1f)));
+    std::vector<QuantizeWeight> table = set.table(master->get(), q.get(), qt.get(), slots.get());
+    const int64_t tiles = quantize_weights_plan(table.data(), int(table.size()));
+    const DeviceBuffer<QuantizeWeight> device_table(table);
+    report.bench({.name = "quantize_weights e4m3", .shape = model, .bytes = 6.0 * double(set.elements)},
+                 [&](int, cudaStream_t s) {
+                     quantize_weights(device_table.get(), int(table.size()), tiles, Dtype::e4m3, nullptr, nullptr, s);
+                 });
+    report.bench({.name = "amax_f32", .shape = model, .bytes = 4.0 * double(set.elements)}, [&](int, cudaStream_t s) {
+        amax_f32(master->get(), int64_t(set.elements), slots.get(), s);
+    });
+}
+
+void benches(Report& report) {
+    for (const int N : {768, 2304, 3072}) bench_activations(report, 65536, N);
+    for (const int N : {1600, 4800, 6400}) bench_activations(report, 16384, N);
+    bench_weights(report, "124M", 12, 768);
+    bench_weights(report, "1558M", 48, 1600);
+}
+}  // namespace
+
+int main(int argc, char** argv) { return run_dev_program(argc, argv, "quantize", checks, benches); }
