@@ -17,8 +17,8 @@ INCLUDES := -I. -isystem deps/include
 WARNINGS := -Wall -Wextra -Wno-missing-field-initializers -Werror
 OPTIMIZE ?= -O3
 DEFINES := -DTRAIN_GPT_ARCH=$(patsubst %a,%,$(ARCH))
-CXXFLAGS := -std=c++20 $(DEFINES) $(OPTIMIZE) -g1 -fPIC -fopenmp $(WARNINGS) $(INCLUDES) -isystem $(CUDA)/include $(EXTRA_CXXFLAGS)
-NVCCFLAGS := -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arch=compute_$(ARCH),code=sm_$(ARCH) \
+CXXFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -g1 -fPIC -fopenmp $(WARNINGS) $(INCLUDES) -isystem $(CUDA)/include $(EXTRA_CXXFLAGS)
+NVCCFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arch=compute_$(ARCH),code=sm_$(ARCH) \
              --expt-relaxed-constexpr -Werror all-warnings \
              -Xptxas --warn-on-spills -Xcompiler "-Wall -Wextra -fopenmp -Wno-unused-parameter -Wno-missing-field-initializers" $(EXTRA_NVCCFLAGS)
 LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp -Ldeps/lib -l:libpcre2-8.a
@@ -47,6 +47,7 @@ $(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
 # Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, any
 # other dev program gets everything.
 DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o
+$(BUILD)/dev/profile: LDLIBS += -L$(CUDA)/extras/CUPTI/lib64 -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64 -lcupti
 .SECONDEXPANSION:
 $(BUILD)/dev/%: $(BUILD)/dev/%.o $(DEV_COMMON) \
         $$(if $$(wildcard kernels/$$*.cu),$(BUILD)/kernels/$$*.o,$(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS))

@@ -8,8 +8,11 @@
 #include <csignal>
 #include <cstdio>
 #include <deque>
+#include <memory>
+#include <vector>
 
 #include "data/loader.h"
+#include "kernels/common/check.h"
 #include "trainer/checkpoint.h"
 #include "trainer/config.h"
 #include "trainer/engine.h"
@@ -141,14 +144,13 @@ class Training {
 
     void run(TrainState& state) {
         int64_t step = state.step;
-        last_finished_s_ = now_s();
         if (step == 0) evaluate(0);
         while (step < config_.steps && !stop_requested) {
             enqueue(step++);
             const bool checkpoint = config_.checkpoint_every > 0 && step % config_.checkpoint_every == 0 && step < config_.steps;
             const bool evaluation = config_.eval_every > 0 && step % config_.eval_every == 0 && step < config_.steps;
-            // One step stays enqueued while the next one's batch is made, so the GPU never waits for the host.
-            while (pending_.size() > (checkpoint || evaluation ? 0u : 1u)) finish_one();
+            const size_t ahead = checkpoint || evaluation ? 0 : size_t(engine_.steps_ahead());
+            while (pending_.size() > ahead) finish_one();
             if (evaluation) evaluate(step);
             if (checkpoint) save(state, step);
         }
@@ -162,26 +164,23 @@ class Training {
     struct Pending {
         int64_t step;
         float learning_rate;
-        double enqueued_s;
     };
 
     void enqueue(int64_t step) {
         train_.fill(step, 0, train_.samples_per_step(), inputs_.data(), targets_.data());
         const StepInputs in{.step = step, .learning_rate = learning_rate(config_.lr_schedule(), step),
                             .inverse_valid_tokens = 1.0f / float(config_.global_batch_tokens)};
-        pending_.push_back({step, in.learning_rate, now_s()});
+        pending_.push_back({step, in.learning_rate});
         engine_.enqueue_step(in, inputs_, targets_);
     }
 
     void finish_one() {
-        const StepState result = engine_.collect();
+        const StepResult result = engine_.collect();
         const Pending p = pending_.front();
         pending_.pop_front();
-        const double now = now_s();
         log_.step({.steps_done = p.step + 1, .loss = result.loss_sum, .grad_norm = result.grad_norm, .learning_rate = p.learning_rate,
-                   .seconds = now - std::max(last_finished_s_, p.enqueued_s), .tokens = config_.global_batch_tokens,
+                   .seconds = result.seconds, .tokens = config_.global_batch_tokens,
                    .skipped = result.skip_update != 0, .skipped_steps = result.skipped_steps});
-        last_finished_s_ = now;
     }
 
     void evaluate(int64_t steps_done) {
@@ -189,7 +188,6 @@ class Training {
         const double start = now_s();
         const Validation::Result result = validation_.run(engine_);
         log_.eval(steps_done, result.loss, result.tokens, now_s() - start);
-        last_finished_s_ = now_s();
     }
 
     void save(TrainState& state, int64_t steps_done) {
@@ -199,7 +197,6 @@ class Training {
         const std::string path = save_checkpoint(config_.out, checkpoint_info(config_, engine_), list_, state);
         prune_checkpoints(config_.out, config_.keep);
         log_.checkpoint(steps_done, path, now_s() - start);
-        last_finished_s_ = now_s();
     }
 
     const Config& config_;
@@ -210,18 +207,24 @@ class Training {
     RunLog& log_;
     std::vector<int> inputs_, targets_;  // the batch being made
     std::deque<Pending> pending_;
-    double last_finished_s_ = 0;
 };
 
 std::string command_line(int argc, char** argv) {
     std::string text;
-    for (int i = 0; i < argc; ++i) text += (i ? " " : "") + std::string(argv[i]);
+    for (int i = 0; i < argc; ++i) {
+        if (i > 0) text += ' ';
+        text += argv[i];
+    }
     return text;
 }
 
 void run(int argc, char** argv) {
     const double program_start = now_s();
     const Config config = parse_config(argc, argv);
+    if (config.print_config) {
+        std::fputs(to_toml(config).c_str(), stdout);
+        return;
+    }
     const ModelSpec model = config.model_spec();
     const ParameterList list = make_parameters(model);
     const DataLoader train({.shards = find_shards(config.train, "train"), .seq_len = model.seq_len,
@@ -236,7 +239,7 @@ void run(int argc, char** argv) {
 
     double memory = 0;
     for (const MemoryRow& row : engine->memory_table()) memory += row.bytes;
-    RunLog log({.out = config.out, .resuming = !start.resumed_from.empty(), .first_step = start.state.step, .total_steps = config.steps,
+    RunLog log({.out = config.out, .resuming = !config.resume.empty(), .first_step = start.state.step, .total_steps = config.steps,
                 .log_every = config.log_every, .flops = flops_per_token(model, model.seq_len),
                 .fp8_linears = find_recipe(config.recipe).quantizes(), .memory_bytes = memory, .device = engine->device_name()},
                {.command = command_line(argc, argv), .config_toml = to_toml(config), .commit = git_commit(), .versions = library_versions(),

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "kernels/common/cuda_check.h"
+#include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
 
 namespace {
@@ -204,6 +205,7 @@ struct HeldRows {
 
 template <int VECTORS, int ROWS>
 __global__ void __launch_bounds__(kMaxThreadsBackward, 1) backward_kernel(LayerNormBackward p) {
+    allow_dependent_launch();
     extern __shared__ float4 planes[];  // this block's dweight, then dbias; a thread touches its own columns only
     // Row sums of the warps; two copies in turn, so that one barrier a turn is enough: who writes a copy again has
     // passed the barrier of the turn between, and so has everybody who read it.
@@ -336,6 +338,7 @@ __global__ void __launch_bounds__(kWarpSize* kSumWarps)
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int column = blockIdx.x * kWarpSize + lane;
     float sum = 0;
+    wait_for_previous_kernel();
     if (column < 2 * C)
 #pragma unroll 8
         for (int i = warp; i < partials; i += kSumWarps) sum += partial[int64_t(i) * 2 * C + column];
@@ -431,6 +434,7 @@ void layernorm_forward(const LayerNormForward& p, cudaStream_t stream) {
     if (vectors_per_lane <= 3) return launch_forward<3, false>(p, kWarpRowThreads, stream);
     if (vectors_per_lane <= 4) return launch_forward<4, false>(p, kWarpRowThreads, stream);
     if (vectors_per_lane <= 6) return launch_forward<6, false>(p, kWarpRowThreads, stream);
+    if (vectors_per_lane <= 7) return launch_forward<7, false>(p, kWarpRowThreads, stream);
     if (vectors_per_lane <= 8) return launch_forward<8, false>(p, kWarpRowThreads, stream);
     static_assert(kMaxColumns <= kColumns * 4 * kMaxThreadsForward(true));
     launch_forward<4, true>(p, whole_warps(ceil_div(p.C, kColumns * 4)), stream);
@@ -457,7 +461,6 @@ void layernorm_backward(const LayerNormBackward& p, cudaStream_t stream) {
                                                    : launch_backward<4, 1>(p, threads, stream);
 
     const unsigned sum_blocks = unsigned(ceil_div(2 * p.C, kWarpSize));
-    sum_partials_kernel<<<sum_blocks, kWarpSize * kSumWarps, 0, stream>>>(static_cast<const float*>(p.workspace),
-                                                                          partials, p.C, p.dweight, p.dbias);
-    CUDA_CHECK_LAUNCH();
+    launch_dependent(sum_partials_kernel, sum_blocks, kWarpSize * kSumWarps, stream, static_cast<const float*>(p.workspace),
+                     partials, p.C, p.dweight, p.dbias);
 }

@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "kernels/common/cuda_check.h"
+#include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
 
 namespace {
@@ -252,6 +253,7 @@ constexpr int resident_blocks(bool dbias, bool aligned) { return aligned ? (dbia
 
 template <Dtype F, Producer P, bool kDbias, bool kAligned>
 __global__ void __launch_bounds__(kThreads, resident_blocks(kDbias, kAligned)) cast_strips_kernel(const CastStrips p) {
+    if constexpr (kDbias) allow_dependent_launch();
     __shared__ alignas(16) uint8_t tiles[2][kTile * kTile];
     const int patch_row = threadIdx.x / kSide, patch_col = threadIdx.x % kSide;
     const int strip = blockIdx.x / p.column_tiles;
@@ -315,6 +317,7 @@ __global__ void __launch_bounds__(kReduceSide* kReduceSide)
     __shared__ float sums[kReduceSide][kReduceSide];
     const int64_t n = int64_t(blockIdx.x) * kReduceSide + threadIdx.x;
     float sum = 0.0f;
+    wait_for_previous_kernel();
     if (n < N)
 #pragma unroll 4
         for (int64_t strip = threadIdx.y; strip < strips; strip += kReduceSide) sum += partials[strip * N + n];
@@ -488,9 +491,7 @@ void quantize_activation(const QuantizeActivation& p, cudaStream_t stream) {
         launch_cast<Dtype::e5m2>(cast, p.producer, static_cast<unsigned>(blocks), stream);
     if (p.dbias == nullptr) return;
     const auto reduce_blocks = static_cast<unsigned>(ceil_div(p.N, kReduceSide));
-    add_partials_kernel<<<reduce_blocks, dim3(kReduceSide, kReduceSide), 0, stream>>>(cast.partials, s.count, p.N,
-                                                                                    p.dbias);
-    CUDA_CHECK_LAUNCH();
+    launch_dependent(add_partials_kernel, reduce_blocks, dim3(kReduceSide, kReduceSide), stream, cast.partials, s.count, p.N, p.dbias);
 }
 
 int64_t quantize_weights_plan(QuantizeWeight* tensors, int count) {

@@ -9,7 +9,9 @@
 class CudaGraph {
   public:
     CudaGraph() = default;
-    ~CudaGraph() { cudaGraphExecDestroy(exec_); }
+    ~CudaGraph() {
+        if (exec_ != nullptr) cudaGraphExecDestroy(exec_);  // of null it would leave an error behind for the next caller
+    }
     CudaGraph(const CudaGraph&) = delete;
     CudaGraph& operator=(const CudaGraph&) = delete;
 

@@ -24,6 +24,10 @@ struct EngineOptions {
     std::string gemm_cache;      // GPU only: file of tuned GEMM algorithms, "" for none
 };
 
+struct StepResult : StepState {
+    double seconds = 0;  // from the end of the device work before this step to the end of the step
+};
+
 struct MemoryRow {
     std::string what;
     double bytes;
@@ -44,7 +48,9 @@ class Engine {
     // One optimizer step on micro_batches_per_step * micro_batch sequences of seq_len tokens. A negative target is
     // masked. Only enqueues the work on a GPU: call collect() once for every enqueued step, in order, at most two behind.
     virtual void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) = 0;
-    virtual StepState collect() = 0;
+    virtual StepResult collect() = 0;
+    // Steps to keep enqueued behind the one being collected, so that the device never waits for the host.
+    virtual int steps_ahead() const { return 0; }
 
     // Gradients of the same loss, with no clipping and no update; for tests. Flat, in the order of ParameterList.
     virtual std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) = 0;

@@ -67,7 +67,8 @@ GpuEngine::GpuEngine(const EngineOptions& options)
         pinned_alloc(s.inputs, tokens);
         pinned_alloc(s.targets, tokens);
         pinned_alloc(s.state, 1);
-        CUDA_CHECK(cudaEventCreateWithFlags(&s.done, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreate(&s.begin));
+        CUDA_CHECK(cudaEventCreate(&s.done));
     }
     CUDA_CHECK(cudaDeviceSynchronize());  // the arena's zeroing ran on the default stream
 }
@@ -78,6 +79,7 @@ GpuEngine::~GpuEngine() {
         cudaFreeHost(s.inputs);
         cudaFreeHost(s.targets);
         cudaFreeHost(s.state);
+        cudaEventDestroy(s.begin);
         cudaEventDestroy(s.done);
     }
     cudaStreamDestroy(stream_);
@@ -113,28 +115,31 @@ void GpuEngine::build_tensor_tables() {
 // The step
 
 GpuEngine::Staging& GpuEngine::next_staging() {
-    Staging& s = staging_[enqueued_ % kStepsInFlight];
-    REQUIRE(!s.in_flight, "enqueue_step: %d steps are in flight; collect() one first", kStepsInFlight);
+    Staging& s = staging_[enqueued_ % kStagings];
+    REQUIRE(enqueued_ - collected_ < kStepsInFlight, "enqueue_step: %d steps are in flight; collect() one first", kStepsInFlight);
     return s;
 }
 
 void GpuEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
     Staging& s = next_staging();
+    s.follows = back_to_back_ ? &staging_[(enqueued_ - 1) % kStagings] : nullptr;
+    if (s.follows == nullptr) CUDA_CHECK(cudaEventRecord(s.begin, stream_));
     enqueue_micro_batches(s, in, inputs, targets);
     optimizer_graph_.run(options_.use_graphs, stream_, [&] { enqueue_optimizer(); });
     CUDA_CHECK(cudaMemcpyAsync(s.state, state_, sizeof(StepState), cudaMemcpyDeviceToHost, stream_));
     CUDA_CHECK(cudaEventRecord(s.done, stream_));
-    s.in_flight = true;
+    back_to_back_ = true;
     ++enqueued_;
 }
 
-StepState GpuEngine::collect() {
-    Staging& s = staging_[collected_ % kStepsInFlight];
-    REQUIRE(s.in_flight, "collect: no step is in flight (%lld enqueued, %lld collected)", (long long)enqueued_, (long long)collected_);
+StepResult GpuEngine::collect() {
+    Staging& s = staging_[collected_ % kStagings];
+    REQUIRE(collected_ < enqueued_, "collect: no step is in flight (%lld enqueued, %lld collected)", (long long)enqueued_, (long long)collected_);
     CUDA_CHECK(cudaEventSynchronize(s.done));
-    s.in_flight = false;
     ++collected_;
-    return *s.state;
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, s.follows ? s.follows->done : s.begin, s.done));
+    return {*s.state, ms * 1e-3};
 }
 
 void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
@@ -171,6 +176,7 @@ void GpuEngine::enqueue_weight_quantization(const uint32_t* skip) {
 }
 
 std::vector<float> GpuEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    back_to_back_ = false;
     enqueue_micro_batches(next_staging(), in, inputs, targets);
     std::vector<float> host(size_t(list_.flat_elements));
     CUDA_CHECK(cudaMemcpyAsync(host.data(), arrays_.grads, host.size() * sizeof(float), cudaMemcpyDeviceToHost, stream_));
@@ -181,6 +187,7 @@ std::vector<float> GpuEngine::gradients(const StepInputs& in, std::span<const in
 double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
     const size_t tokens = size_t(options_.micro_batch) * options_.seq_len;
     REQUIRE(inputs.size() == tokens && targets.size() == tokens, "evaluate takes one micro-batch of %zu tokens, got %zu", tokens, inputs.size());
+    back_to_back_ = false;
     CUDA_CHECK(cudaMemsetAsync(evaluation_loss_, 0, sizeof(float), stream_));
     // Pageable sources: each copy has left the host's memory when the call returns.
     CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), inputs.data(), inputs.size_bytes(), cudaMemcpyHostToDevice, stream_));
@@ -196,6 +203,7 @@ double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> tar
 // State in and out
 
 void GpuEngine::load(const TrainState& state) {
+    back_to_back_ = false;
     const size_t bytes = size_t(list_.flat_elements) * sizeof(float);
     REQUIRE(state.params.size() * sizeof(float) == bytes, "load: %zu parameters, the model has %lld", state.params.size(), (long long)list_.flat_elements);
     CUDA_CHECK(cudaMemcpyAsync(arrays_.params, state.params.data(), bytes, cudaMemcpyHostToDevice, stream_));
@@ -216,6 +224,7 @@ void GpuEngine::load(const TrainState& state) {
 }
 
 void GpuEngine::save(TrainState& state) {
+    back_to_back_ = false;
     const size_t n = size_t(list_.flat_elements);
     const auto download = [&](std::vector<float>& host, const float* device) {
         host.resize(n);

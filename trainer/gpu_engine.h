@@ -18,7 +18,8 @@ class GpuEngine final : public Engine {
     void load(const TrainState& state) override;
     void save(TrainState& state) override;
     void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
-    StepState collect() override;
+    StepResult collect() override;
+    int steps_ahead() const override { return 1; }
     std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
     std::string device_name() const override;
@@ -32,10 +33,12 @@ class GpuEngine final : public Engine {
         int* inputs = nullptr;
         int* targets = nullptr;
         StepState* state = nullptr;
+        cudaEvent_t begin = nullptr;  // recorded before the step when it does not follow another one
+        const Staging* follows = nullptr;  // the step that it began at the end of
         cudaEvent_t done = nullptr;
-        bool in_flight = false;
     };
     static constexpr int kStepsInFlight = 3;
+    static constexpr int kStagings = kStepsInFlight + 1;  // one more: a step's time starts at the event of the one before
 
     void request_memory();
     void build_tensor_tables();
@@ -65,6 +68,7 @@ class GpuEngine final : public Engine {
     int64_t quantized_tiles_ = 0;
     Dtype weight_format_;
 
-    Staging staging_[kStepsInFlight];
+    Staging staging_[kStagings];
     int64_t enqueued_ = 0, collected_ = 0;
+    bool back_to_back_ = false;  // nothing but the step enqueued last has used the stream since
 };

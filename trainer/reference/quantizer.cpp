@@ -106,14 +106,14 @@ REFERENCE_VECTORIZED void round_range_to_fp8(const float* x, float scale, Dtype 
 }  // namespace
 
 void round_to_bf16(const float* x, float* out, int64_t n) {
-    reference::parallel_ranges(n, reference::kPointwiseGrain, [&](int64_t begin, int64_t end) {
+    reference::parallel_ranges(n, reference::grain_for(1), [&](int64_t begin, int64_t end) {
         round_range_to_bf16(x + begin, out + begin, end - begin);
     });
 }
 
 void round_to_fp8(const float* x, float scale, Dtype format, float* out, int64_t n) {
     REQUIRE(is_fp8(format), "round_to_fp8: %s is not an FP8 format", name_of(format));
-    reference::parallel_ranges(n, reference::kPointwiseGrain, [&](int64_t begin, int64_t end) {
+    reference::parallel_ranges(n, reference::grain_for(1), [&](int64_t begin, int64_t end) {
         round_range_to_fp8(x + begin, scale, format, out + begin, end - begin);
     });
 }

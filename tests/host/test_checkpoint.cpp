@@ -1,0 +1,465 @@
+#include "trainer/checkpoint.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "tests/host/temp_folder.h"
+#include "trainer/safetensors.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Safetensors
+
+std::string safetensors_text(const std::string& header, const std::string& data) {
+    const uint64_t size = header.size();
+    return std::string(reinterpret_cast<const char*>(&size), sizeof(size)) + header + data;
+}
+
+std::vector<float> read_all(const SafetensorsReader& reader, const std::string& name) {
+    const TensorEntry* tensor = reader.find(name);
+    REQUIRE(tensor, "no tensor %s", name.c_str());
+    std::vector<float> values(size_t(tensor->count()), NAN);
+    reader.read(*tensor, values.data());
+    return values;
+}
+
+TEST(Safetensors, WhatIsWrittenIsRead) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    SafetensorsWriter writer(path, {{"b", {2, 3}}, {"a", {1}}, {"none", {0, 4}}, {"scalar", {}}});
+    const std::vector<float> b = {1, -2, 3.5f, INFINITY, -0.0f, 1e-45f}, a = {7};
+    writer.append("b", b);
+    writer.append("a", a);
+    writer.append("none", {});
+    writer.append("scalar", a);
+    EXPECT_FALSE(fs::exists(path));
+    writer.publish();
+    EXPECT_FALSE(fs::exists(path + ".tmp"));
+    const SafetensorsReader reader(path);
+    EXPECT_EQ(reader.tensors().size(), 4u);
+    EXPECT_EQ(std::memcmp(read_all(reader, "b").data(), b.data(), b.size() * sizeof(float)), 0);
+    EXPECT_EQ(read_all(reader, "scalar"), a);
+    EXPECT_EQ(reader.find("b")->shape, (std::vector<int64_t>{2, 3}));
+    EXPECT_EQ(reader.find("c"), nullptr);
+    EXPECT_EQ(reader.metadata().at("format"), "pt");
+    uint64_t header_bytes;
+    std::memcpy(&header_bytes, read_file(path).data(), sizeof(header_bytes));
+    EXPECT_EQ(header_bytes % 8, 0u);
+}
+
+TEST(Safetensors, AnUnfinishedWriterLeavesNothing) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    const std::vector<float> one = {1}, two = {1, 2};
+    {
+        SafetensorsWriter writer(path, {{"a", {1}}, {"b", {1}}});
+        EXPECT_NE(error_of([&] { writer.append("b", one); }), "");
+        EXPECT_NE(error_of([&] { writer.append("a", two); }), "");
+        writer.append("a", one);
+        EXPECT_NE(error_of([&] { writer.publish(); }), "");
+    }
+    EXPECT_TRUE(fs::is_empty(folder.path()));
+    EXPECT_NE(error_of([&] { SafetensorsWriter(folder / "no/folder", {}); }), "");
+    EXPECT_NE(error_of([&] { SafetensorsWriter(path, {{"a", {1}}, {"a", {1}}}); }), "");
+}
+
+TEST(Safetensors, Bf16ReadsAsFloat) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    // 1, -2.5 and infinity; one byte in front makes the data unaligned
+    const std::string data("z\x80\x3f\x20\xc0\x80\x7f", 7);
+    write_file(path, safetensors_text(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                                      R"("h":{"dtype":"BF16","shape":[3],"data_offsets":[1,7]}})", data));
+    const SafetensorsReader reader(path);
+    EXPECT_EQ(read_all(reader, "h"), (std::vector<float>{1, -2.5f, INFINITY}));
+    EXPECT_NE(error_of([&] { read_all(reader, "a"); }).find("tensor a: is of type U8, must be F32 or BF16"), std::string::npos);
+}
+
+TEST(Safetensors, DamagedHeadersAreErrors) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    const std::string data(16, '\0');
+    const auto entry = [](const std::string& fields) { return "{\"t\":{" + fields + "}}"; };
+    const std::string bad_headers[] = {
+        "", "[", "[]", "1", "{\"t\":1}", std::string(100000, '['), "{\"__metadata__\":3}",
+        "{\"__metadata__\":{\"a\":1}}",
+        "{}",  // covers none of the data
+        entry(R"("dtype":"F32","shape":[4])"),
+        entry(R"("dtype":"F32","data_offsets":[0,16])"),
+        entry(R"("shape":[4],"data_offsets":[0,16])"),
+        entry(R"("dtype":7,"shape":[4],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":4,"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[4],"data_offsets":[0,16,16])"),
+        entry(R"("dtype":"F32","shape":[4.0],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[-4],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[4],"data_offsets":[-16,0])"),
+        entry(R"("dtype":"F32","shape":[4],"data_offsets":[16,0])"),
+        entry(R"("dtype":"F32","shape":[5],"data_offsets":[0,20])"),
+        entry(R"("dtype":"F32","shape":[3],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[3],"data_offsets":[0,12])"),  // does not cover the data
+        entry(R"("dtype":"F32","shape":[3],"data_offsets":[4,16])"),
+        entry(R"("dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0])"),
+        entry(R"("dtype":"F32","shape":[2305843009213693953,2],"data_offsets":[0,16])"),
+        entry(R"("dtype":"F32","shape":[4],"data_offsets":[18446744073709551600,18446744073709551615])"),
+        R"({"t":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"u":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
+    };
+    for (const std::string& header : bad_headers) {
+        write_file(path, safetensors_text(header, data));
+        const std::string text = error_of([&] { SafetensorsReader reader(path); });
+        EXPECT_NE(text.find(path), std::string::npos) << header.substr(0, 200) << ": " << text;
+        EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+    }
+}
+
+TEST(Safetensors, DamagedFilesAreErrors) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    const auto error_of_file = [&](const std::string& text) {
+        write_file(path, text);
+        return error_of([&] { SafetensorsReader reader(path); });
+    };
+    const std::string good =
+        safetensors_text(R"({"t":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}})", std::string(16, 'x'));
+    EXPECT_EQ(error_of_file(good), "");
+    for (size_t size = 0; size < good.size(); ++size) EXPECT_NE(error_of_file(good.substr(0, size)), "") << size;
+    EXPECT_NE(error_of_file(good + "x"), "");
+    EXPECT_NE(error_of_file(std::string(8, '\xff') + good), "");  // a header of 2^64 - 1 bytes
+    EXPECT_NE(error_of([&] { SafetensorsReader reader(folder.path()); }).find("not a regular file"), std::string::npos);
+    EXPECT_NE(error_of([&] { SafetensorsReader reader(folder / "none"); }).find("cannot open"), std::string::npos);
+
+    // Random damage: an Error or a file whose every tensor can be read. The sanitizers see the rest.
+    std::mt19937 random(1);
+    for (int round = 0; round < 500; ++round) {
+        std::string text = good;
+        for (int hits = 0; hits < 3; ++hits) text[random() % text.size()] = char(random() % 256);
+        write_file(path, text);
+        error_of([&] {
+            const SafetensorsReader reader(path);
+            for (const TensorEntry& tensor : reader.tensors()) read_all(reader, tensor.name);
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints
+
+struct TinyRun {
+    ModelSpec model = find_model("tiny");
+    ParameterList list = make_parameters(model);
+    TrainState state = initial_state(list, model, 3);
+    CheckpointInfo info{.model = model, .recipe = "tensorwise", .seed = 18446744073709551615u, .tokens_per_step = 4096,
+                        .config_toml = "steps = 5\nout = 'x'\n", .gemm_choices = "{\"a\": \"\\n\"}"};
+
+    TinyRun() {
+        std::mt19937 random(5);
+        state.m.assign(state.params.size(), 0.0f), state.v = state.m;
+        for (const Parameter& p : list.all) {
+            for (int64_t i = 0; i < p.count(); ++i) {
+                const size_t at = size_t(p.offset + i);
+                state.m[at] = float(random()) * 1e-12f - 2e-3f, state.v[at] = float(random()) * 1e-15f;
+            }
+        }
+        // Numbers that a detour over text or arithmetic would lose.
+        const size_t at = size_t(list[list.blocks[1].fc2_weight].offset);
+        state.params[at] = -0.0f, state.params[at + 1] = 1e-45f, state.m[at] = INFINITY, state.v[at] = NAN;
+        state.step = 123, state.adam_t = 121, state.skipped_steps = 2;
+    }
+    std::string save(const std::string& out, int64_t step) {
+        state.step = step;
+        return save_checkpoint(out, info, list, state);
+    }
+};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+std::vector<std::string> names_in(const std::string& folder) {
+    std::vector<std::string> names;
+    for (const fs::directory_entry& entry : fs::directory_iterator(folder)) names.push_back(entry.path().filename());
+    std::sort(names.begin(), names.end());
+    return names;
+}
+using Names = std::vector<std::string>;
+
+TEST(Checkpoint, RoundTripIsBitExact) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder / "new/out", 123);
+    EXPECT_EQ(path, folder / "new/out/step_000123");
+    const Checkpoint c = load_checkpoint(path, run.list, run.model);
+    EXPECT_TRUE(same_bits(c.state.params, run.state.params));
+    EXPECT_TRUE(same_bits(c.state.m, run.state.m));
+    EXPECT_TRUE(same_bits(c.state.v, run.state.v));
+    EXPECT_EQ(c.state.step, 123);
+    EXPECT_EQ(c.state.adam_t, 121);
+    EXPECT_EQ(c.state.skipped_steps, 2);
+    EXPECT_EQ(c.info.recipe, run.info.recipe);
+    EXPECT_EQ(c.info.seed, run.info.seed);
+    EXPECT_EQ(c.info.tokens_per_step, 4096);
+    EXPECT_EQ(c.info.config_toml, run.info.config_toml);
+    EXPECT_EQ(c.info.gemm_choices, run.info.gemm_choices);
+    EXPECT_EQ(c.info.model.name, "tiny");
+    EXPECT_EQ(load_checkpoint_info(path).seed, run.info.seed);
+    EXPECT_EQ(names_in(path), (Names{"adam.safetensors", "checkpoint.json", "params.safetensors"}));
+    EXPECT_EQ(names_in(folder / "new/out"), Names{"step_000123"});
+}
+
+TEST(Checkpoint, EmptyMomentsAreZeros) {
+    const TempFolder folder;
+    TinyRun run;
+    run.state.m.clear(), run.state.v.clear();
+    const Checkpoint c = load_checkpoint(run.save(folder.path(), 0), run.list, run.model);
+    EXPECT_TRUE(same_bits(c.state.params, run.state.params));
+    EXPECT_TRUE(same_bits(c.state.m, std::vector<float>(run.state.params.size())));
+    EXPECT_TRUE(same_bits(c.state.v, c.state.m));
+}
+
+TEST(Checkpoint, FilesHaveHuggingFaceNamesAndLayout) {
+    const TempFolder folder;
+    TinyRun run;
+    const SafetensorsReader reader(run.save(folder.path(), 1) + "/params.safetensors");
+    EXPECT_EQ(reader.find("transformer.wte.weight")->shape, (std::vector<int64_t>{257, 64}));
+    EXPECT_EQ(reader.find("transformer.h.1.mlp.c_fc.weight")->shape, (std::vector<int64_t>{64, 256}));
+    EXPECT_EQ(reader.find("transformer.h.0.attn.c_attn.bias")->shape, (std::vector<int64_t>{192}));
+    const Parameter& fc1 = run.list[run.list.blocks[1].fc1_weight];
+    EXPECT_EQ(read_all(reader, fc1.name)[2 * 256 + 5], run.state.params[size_t(fc1.offset) + 5 * 64 + 2]);
+}
+
+TEST(Checkpoint, PaddingInMemoryDoesNotMatter) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 1);
+    ParameterList other = run.list;
+    for (Parameter& p : other.all) p.offset += 6400;
+    other.flat_elements += 6400;
+    const Checkpoint c = load_checkpoint(path, other, run.model);
+    EXPECT_TRUE(std::equal(run.state.params.begin(), run.state.params.end(), c.state.params.begin() + 6400));
+}
+
+TEST(Checkpoint, LatestIsTheCompleteOneSavedLast) {
+    const TempFolder folder;
+    TinyRun run;
+    EXPECT_EQ(find_latest(folder.path()), "");
+    EXPECT_EQ(find_latest(folder / "none"), "");
+    run.save(folder.path(), 9);
+    run.save(folder.path(), 10);
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000010");
+    // Resumed from an older one: step 10 now belongs to an abandoned future.
+    run.save(folder.path(), 5);
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000005");
+
+    fs::create_directory(folder / "step_000011");
+    fs::create_directory(folder / "step_000011x");
+    fs::copy(folder / "step_000010", folder / ".step_000012.tmp");
+    write_file(folder / "step_13", "");
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000005");
+    fs::resize_file(folder / "step_000005/adam.safetensors", 1000);
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000010");
+    write_file(folder / "step_000010/checkpoint.json", read_file(folder / "step_000010/checkpoint.json").substr(0, 100));
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000009");
+    fs::remove(folder / "step_000009/checkpoint.json");
+    EXPECT_EQ(find_latest(folder.path()), "");
+}
+
+TEST(Checkpoint, PruningKeepsTheNewestAndForeignFiles) {
+    const TempFolder folder;
+    TinyRun run;
+    for (const int64_t step : {1, 2, 30, 4}) run.save(folder.path(), step);
+    write_file(folder / "log.jsonl", "");
+    fs::create_directory(folder / "step_000000");  // not complete: not ours to remove
+    prune_checkpoints(folder.path(), 0);
+    EXPECT_EQ(names_in(folder.path()).size(), 6u);
+    prune_checkpoints(folder.path(), 2);
+    EXPECT_EQ(names_in(folder.path()), (Names{"log.jsonl", "step_000000", "step_000004", "step_000030"}));
+    prune_checkpoints(folder.path(), 5);
+    EXPECT_EQ(names_in(folder.path()).size(), 4u);
+}
+
+TEST(Checkpoint, SameStepIsReplacedAndLeftoversGo) {
+    const TempFolder folder;
+    TinyRun run;
+    run.save(folder.path(), 7);
+    fs::create_directories(folder / ".step_000006.tmp/x");
+    fs::create_directories(folder / ".step_000005.deleted");
+    fs::create_directories(folder / ".step_notes");
+    run.info.recipe = "bf16";
+    const std::string path = run.save(folder.path(), 7);
+    EXPECT_EQ(load_checkpoint_info(path).recipe, "bf16");
+    EXPECT_EQ(names_in(folder.path()), (Names{".step_notes", "step_000007"}));
+}
+
+TEST(Checkpoint, FailedSaveLeavesNoFolder) {
+    const TempFolder folder;
+    TinyRun run;
+    write_file(folder / "file", "");
+    EXPECT_NE(error_of([&] { run.save(folder / "file", 1); }), "");
+    write_file(folder / ".step_000002.replaced.txt", "");
+    write_file(folder / "step_000002", "a file in the way is moved, not lost silently");
+    run.save(folder.path(), 2);
+    EXPECT_TRUE(fs::is_directory(folder / "step_000002"));
+    run.state.v.pop_back();
+    EXPECT_NE(error_of([&] { run.save(folder.path(), 3); }), "");
+    EXPECT_FALSE(fs::exists(folder / "step_000003"));
+}
+
+TEST(Checkpoint, AnotherModelIsAnError) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 1);
+    ModelSpec other = run.model;
+    other.n_heads = 8;  // the same tensors, another model
+    const std::string text = error_of([&] { load_checkpoint(path, run.list, other); });
+    EXPECT_NE(text.find("n-heads is 4, this run's is 8"), std::string::npos) << text;
+    other = run.model, other.name = "renamed";
+    EXPECT_EQ(error_of([&] { load_checkpoint(path, run.list, other); }), "");
+}
+
+// Writes params.safetensors anew with the list's tensors after `change` and fixes the recorded size.
+template <typename Change>
+void rewrite_params(const std::string& path, const TinyRun& run, Change&& change) {
+    std::vector<std::pair<std::string, std::vector<int64_t>>> tensors;
+    {
+        const SafetensorsReader reader(path + "/params.safetensors");
+        for (const TensorEntry& t : reader.tensors()) tensors.emplace_back(t.name, t.shape);
+    }
+    change(tensors);
+    SafetensorsWriter writer(path + "/params.safetensors", tensors);
+    for (const auto& [name, shape] : tensors) {
+        size_t n = 1;
+        for (const int64_t size : shape) n *= size_t(size);
+        writer.append(name, std::span(run.state.params).first(n));
+    }
+    writer.publish();
+    nlohmann::json info = nlohmann::json::parse(read_file(path + "/checkpoint.json"));
+    info["files"]["params.safetensors"] = fs::file_size(path + "/params.safetensors");
+    write_file(path + "/checkpoint.json", info.dump());
+}
+
+TEST(Checkpoint, MismatchedTensorsAreNamed) {
+    const TempFolder folder;
+    TinyRun run;
+    const auto error_after = [&](auto&& change) {
+        const std::string path = run.save(folder.path(), 1);
+        rewrite_params(path, run, change);
+        return error_of([&] { load_checkpoint(path, run.list, run.model); });
+    };
+    std::string text = error_after([](auto&) {});
+    EXPECT_EQ(text, "");
+    text = error_after([](auto& tensors) { tensors.pop_back(); });
+    EXPECT_NE(text.find("tensor transformer.ln_f.bias: is missing; expected shape (64)"), std::string::npos) << text;
+    text = error_after([](auto& tensors) { tensors.push_back({"extra", {2, 2}}); });
+    EXPECT_NE(text.find("tensor extra of shape (2, 2)"), std::string::npos) << text;
+    text = error_after([](auto& tensors) { std::swap(tensors[0].second[0], tensors[0].second[1]); });
+    EXPECT_NE(text.find("tensor transformer.wte.weight: shape (64, 257), must be (257, 64)"), std::string::npos) << text;
+}
+
+TEST(Checkpoint, DamagedInfoIsAnError) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 1), file = path + "/checkpoint.json", good = read_file(file);
+    const auto error_with = [&](const char* key, const nlohmann::json& value) {
+        nlohmann::json info = nlohmann::json::parse(good);
+        info[key] = value;
+        write_file(file, info.dump());
+        return error_of([&] { load_checkpoint(path, run.list, run.model); });
+    };
+    EXPECT_NE(error_with("format_version", 99).find("format version 99"), std::string::npos);
+    EXPECT_NE(error_with("step", "three"), "");
+    EXPECT_NE(error_with("adam_t", -1), "");
+    EXPECT_NE(error_with("model", 3), "");
+    EXPECT_NE(error_with("files", nlohmann::json::object()), "");
+    for (size_t size = 0; size < good.size() - 2; size += 37) {
+        write_file(file, good.substr(0, size));
+        EXPECT_NE(error_of([&] { load_checkpoint(path, run.list, run.model); }), "") << size;
+    }
+    EXPECT_NE(error_of([&] { load_checkpoint(folder / "none", run.list, run.model); }).find("no complete checkpoint"),
+              std::string::npos);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters alone
+
+struct NamedTensor {
+    std::string name;
+    std::vector<int64_t> shape;
+    std::vector<float> values;
+};
+
+// The tensors of the run as the original gpt2 file has them: no prefix, mask buffers in between.
+std::vector<NamedTensor> original_gpt2_tensors(const TinyRun& run) {
+    std::vector<NamedTensor> tensors;
+    for (const Parameter& p : run.list.all) {
+        std::vector<float> values(size_t(p.count()));
+        to_file_layout(p, run.state.params.data() + p.offset, values.data());
+        std::vector<int64_t> shape{p.cols};
+        if (!p.is_vector) shape = p.file_transposed ? std::vector<int64_t>{p.cols, p.rows} : std::vector<int64_t>{p.rows, p.cols};
+        tensors.push_back({p.name.substr(std::strlen("transformer.")), shape, values});
+    }
+    tensors.push_back({"h.0.attn.bias", {1, 1, 2, 2}, {1, 0, 1, 1}});
+    tensors.push_back({"h.0.attn.masked_bias", {}, {-1e4f}});
+    return tensors;
+}
+
+void write_tensors(const std::string& path, const std::vector<NamedTensor>& tensors) {
+    std::vector<std::pair<std::string, std::vector<int64_t>>> list;
+    for (const NamedTensor& t : tensors) list.emplace_back(t.name, t.shape);
+    SafetensorsWriter writer(path, list);
+    for (const NamedTensor& t : tensors) writer.append(t.name, t.values);
+    writer.publish();
+}
+
+TEST(LoadParams, FromEveryKindOfFolderAndFile) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string checkpoint = run.save(folder.path(), 1);
+    EXPECT_TRUE(same_bits(load_params_only(checkpoint, run.list), run.state.params));
+    EXPECT_TRUE(same_bits(load_params_only(checkpoint + "/params.safetensors", run.list), run.state.params));
+    write_tensors(folder / "model.safetensors", original_gpt2_tensors(run));
+    EXPECT_TRUE(same_bits(load_params_only(folder.path(), run.list), run.state.params));
+    fs::create_directory(folder / "empty");
+    EXPECT_NE(error_of([&] { load_params_only(folder / "empty", run.list); }).find("model.safetensors"), std::string::npos);
+}
+
+TEST(LoadParams, AHeadMustBeTheEmbedding) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = folder / "model.safetensors";
+    std::vector<NamedTensor> tensors = original_gpt2_tensors(run);
+    tensors.push_back({"lm_head.weight", tensors[0].shape, tensors[0].values});
+    write_tensors(path, tensors);
+    EXPECT_TRUE(same_bits(load_params_only(path, run.list), run.state.params));
+    tensors.back().values[100] += 1;
+    write_tensors(path, tensors);
+    EXPECT_NE(error_of([&] { load_params_only(path, run.list); }).find("lm_head.weight: differs"), std::string::npos);
+}
+
+TEST(LoadParams, MismatchedTensorsAreNamed) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = folder / "model.safetensors";
+    const auto error_with = [&](const std::vector<NamedTensor>& tensors) {
+        write_tensors(path, tensors);
+        return error_of([&] { load_params_only(path, run.list); });
+    };
+    const std::vector<NamedTensor> good = original_gpt2_tensors(run);
+    std::vector<NamedTensor> tensors = good;
+    tensors.push_back({"h.2.ln_1.weight", {64}, std::vector<float>(64)});
+    EXPECT_NE(error_with(tensors).find("tensor h.2.ln_1.weight of shape (64)"), std::string::npos);
+    tensors = good, tensors.erase(tensors.begin() + 1);
+    EXPECT_NE(error_with(tensors).find("tensor transformer.wpe.weight: is missing"), std::string::npos);
+    tensors = good, tensors[1].shape = {32, 128};
+    EXPECT_NE(error_with(tensors).find("tensor wpe.weight: shape (32, 128), must be (64, 64)"), std::string::npos);
+    tensors = good, tensors.push_back({"transformer.wpe.weight", tensors[1].shape, tensors[1].values});
+    EXPECT_NE(error_with(tensors).find("with and without"), std::string::npos);
+}
+
+}  // namespace

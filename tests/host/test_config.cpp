@@ -1,0 +1,172 @@
+#include "trainer/config.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+
+#include "tests/host/temp_folder.h"
+
+namespace {
+
+Config parse(std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), "train_gpt_fp8");
+    std::vector<char*> argv;
+    for (std::string& argument : arguments) argv.push_back(argument.data());
+    return parse_config(int(argv.size()), argv.data());
+}
+
+Config parse_with_data(std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"--train", "shards"});
+    return parse(arguments);
+}
+
+struct BadCase {
+    std::vector<std::string> arguments;
+    std::vector<std::string> message_holds;  // option, value, rule
+};
+
+TEST(Config, DefaultsAreA124MRun) {
+    const Config c = parse_with_data({});
+    EXPECT_EQ(c.model_spec().dim, 768);
+    EXPECT_EQ(c.micro_batch_tokens(), 32 * 1024);
+    EXPECT_EQ(c.micro_batches_per_step(), 16);
+    EXPECT_EQ(c.warmup_steps, 700);
+    EXPECT_EQ(c.recipe, "tensorwise");
+    EXPECT_TRUE(c.out.starts_with("runs/")) << c.out;
+    EXPECT_TRUE(c.out.ends_with("-gpt2-124M")) << c.out;
+}
+
+TEST(Config, WarmupFollowsShortRuns) {
+    EXPECT_EQ(parse_with_data({"--steps", "100"}).warmup_steps, 5);
+    EXPECT_EQ(parse_with_data({"--steps", "1"}).warmup_steps, 0);
+    EXPECT_EQ(parse_with_data({"--steps", "100", "--warmup-steps", "100"}).warmup_steps, 100);
+}
+
+TEST(Config, CommandLineReachesEveryKindOfField) {
+    const Config c = parse_with_data({"--lr", "3e-4", "--seed", "18446744073709551615", "--deterministic", "--no-graph",
+                                      "--device", "cpu", "--recipe", "f32", "--keep", "0", "--gemm-cache", ""});
+    EXPECT_EQ(c.lr, 3e-4f);
+    EXPECT_EQ(c.seed, std::numeric_limits<uint64_t>::max());
+    EXPECT_TRUE(c.deterministic && c.no_graph);
+    EXPECT_EQ(c.recipe, "f32");
+    EXPECT_EQ(c.keep, 0);
+    EXPECT_EQ(c.gemm_cache, "");
+    EXPECT_EQ(c.lr_schedule().peak, 3e-4f);
+    EXPECT_EQ(c.adamw().beta2, 0.95f);
+}
+
+TEST(Config, ModelSizesOverrideTheRow) {
+    const ModelSpec s = parse_with_data({"--dim", "512", "--n-heads", "8", "--seq-len", "256"}).model_spec();
+    EXPECT_EQ(s.dim, 512);
+    EXPECT_EQ(s.ffn_dim, 2048);
+    EXPECT_EQ(s.n_layers, 12);
+    EXPECT_EQ(s.seq_len, 256);
+    EXPECT_EQ(parse_with_data({"--dim", "512", "--n-heads", "8", "--ffn-dim", "1024"}).model_spec().ffn_dim, 1024);
+}
+
+TEST(Config, FileLiesUnderTheCommandLine) {
+    const TempFolder folder;
+    write_file(folder / "run.toml", "# a comment\nsteps = 50\nlr = 1e-3  # another\ntrain = \"my shards/*.bin\"\n"
+                                    "deterministic = true\nno-graph = false\n");
+    const Config c = parse({"--config", folder / "run.toml", "--steps", "60"});
+    EXPECT_EQ(c.steps, 60);
+    EXPECT_EQ(c.lr, 1e-3f);
+    EXPECT_EQ(c.train, "my shards/*.bin");
+    EXPECT_TRUE(c.deterministic);
+    EXPECT_FALSE(c.no_graph);
+}
+
+TEST(Config, TomlTextReadsBackAsTheSameRun) {
+    const TempFolder folder;
+    const Config c = parse_with_data({"--dim", "512", "--n-heads", "8", "--lr", "0.00123456789", "--eps", "1", "--beta1", "0",
+                                      "--val", "a b/[0-9],x.bin", "--deterministic", "--seed", "18446744073709551615",
+                                      "--gemm-cache", ""});
+    const std::string text = to_toml(c);
+    write_file(folder / "run.toml", text);
+    const Config again = parse({"--config", folder / "run.toml"});
+    EXPECT_EQ(to_toml(again), text);
+    EXPECT_EQ(again.lr, c.lr);
+    EXPECT_EQ(again.val, c.val);
+    EXPECT_EQ(again.seed, c.seed);
+    EXPECT_EQ(again.gemm_cache, "");
+    EXPECT_EQ(again.model_spec().ffn_dim, 2048);
+    EXPECT_NE(text.find("# ffn-dim = 2048\n"), std::string::npos) << text;
+    // What the row decided moves with the row; what the user decided stays.
+    EXPECT_EQ(parse({"--config", folder / "run.toml", "--model", "gpt2-355M"}).model_spec().n_layers, 24);
+}
+
+TEST(Config, BadFilesAreErrors) {
+    const TempFolder folder;
+    const std::string file = folder / "run.toml";
+    const auto error_of_text = [&](const std::string& text) {
+        write_file(file, text);
+        return error_of([&] { parse_with_data({"--config", file}); });
+    };
+    EXPECT_EQ(error_of_text("stepz = 5\n"), "--config: unknown key stepz");
+    EXPECT_NE(error_of_text("[training]\nsteps = 5\n"), "");
+    EXPECT_NE(error_of_text("steps = [5, 6]\n"), "");
+    EXPECT_NE(error_of_text("steps = 5\nsteps = 6\n"), "");
+    EXPECT_NE(error_of_text("steps = 0x10\n").find("--steps"), std::string::npos);
+    EXPECT_NE(error_of([&] { parse_with_data({"--config", folder / "none.toml"}); }).find("none.toml"), std::string::npos);
+}
+
+TEST(Config, ErrorsNameOptionValueAndRule) {
+    const std::vector<BadCase> cases = {
+        {{"--stepz", "5"}, {"--stepz"}},
+        {{"--steps"}, {"--steps"}},
+        {{"--steps", "5", "--steps", "6"}, {"--steps"}},
+        {{"--steps", "1e5"}, {"--steps", "1e5", "whole number"}},
+        {{"--steps", "010"}, {"--steps", "010", "whole number"}},
+        {{"--steps", "0"}, {"--steps", "0", "at least 1"}},
+        {{"--steps", "99999999999999999999"}, {"--steps", "99999999999999999999"}},
+        {{"--micro-batch", "4294967296"}, {"--micro-batch", "4294967296"}},
+        {{"--seed", "-1"}, {"--seed", "-1"}},
+        {{"--lr", "fast"}, {"--lr", "fast", "number"}},
+        {{"--lr", "0"}, {"--lr", "0", "above 0"}},
+        {{"--lr", "nan"}, {"--lr", "nan"}},
+        {{"--lr", "inf"}, {"--lr", "inf"}},
+        {{"--min-lr-factor", "1.5"}, {"--min-lr-factor", "1.5", "0 to 1"}},
+        {{"--steps", "10", "--warmup-steps", "11"}, {"--warmup-steps 11", "10"}},
+        {{"--warmup-steps", "-2"}, {"--warmup-steps -2"}},
+        {{"--schedule", "wsd"}, {"--schedule wsd", "cosine or constant"}},
+        {{"--weight-decay", "-0.1"}, {"--weight-decay -0.1", "at least 0"}},
+        {{"--beta1", "1"}, {"--beta1 1", "below 1"}},
+        {{"--beta2", "-0.5"}, {"--beta2 -0.5", "at least 0"}},
+        {{"--eps", "0"}, {"--eps 0", "above 0"}},
+        {{"--max-grad-norm", "nan"}, {"--max-grad-norm nan"}},
+        {{"--model", "gpt5"}, {"--model gpt5", "gpt2-124M"}},
+        {{"--dim", "100"}, {"--dim 100", "multiple of 8"}},
+        {{"--n-heads", "7"}, {"--n-heads 7", "divide"}},
+        {{"--n-layers", "-1"}, {"--n-layers -1", "at least 1"}},
+        {{"--recipe", "fp4"}, {"--recipe fp4", "tensorwise"}},
+        {{"--recipe", "f32"}, {"--recipe f32", "--device cpu"}},
+        {{"--device", "tpu"}, {"--device tpu", "auto, gpu or cpu"}},
+        {{"--micro-batch", "0"}, {"--micro-batch 0", "at least 1"}},
+        {{"--micro-batch", "1", "--seq-len", "24", "--global-batch-tokens", "24"}, {"--micro-batch 1", "24", "multiple of 16"}},
+        {{"--global-batch-tokens", "500000"}, {"--global-batch-tokens 500000", "multiple", "32768", "nearest: 491520"}},
+        {{"--global-batch-tokens", "520000"}, {"nearest: 524288"}},
+        {{"--global-batch-tokens", "5"}, {"nearest: 32768"}},
+        {{"--global-batch-tokens", "0"}, {"--global-batch-tokens 0", "at least 1"}},
+        {{"--eval-every", "-1"}, {"--eval-every -1", "at least 0"}},
+        {{"--eval-batches", "0"}, {"--eval-batches 0", "at least 1"}},
+        {{"--checkpoint-every", "-1"}, {"--checkpoint-every -1", "at least 0"}},
+        {{"--keep", "-1"}, {"--keep -1", "at least 0"}},
+        {{"--log-every", "0"}, {"--log-every 0", "at least 1"}},
+        {{"--resume", "auto"}, {"--resume auto", "--out"}},
+        {{"--val", "a#b"}, {"--val a#b", "must not hold #"}},
+        {{"stray"}, {"stray"}},
+    };
+    for (const BadCase& bad : cases) {
+        const std::string text = error_of([&] { parse_with_data(bad.arguments); });
+        for (const std::string& part : bad.message_holds)
+            EXPECT_NE(text.find(part), std::string::npos) << "\"" << text << "\" lacks \"" << part << "\"";
+        EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+    }
+    EXPECT_NE(error_of([] { parse({}); }).find("--train"), std::string::npos);
+    EXPECT_EQ(error_of([] { parse({"--print-config"}); }), "");
+}
+
+TEST(Config, HelpExitsWithSuccess) { EXPECT_EXIT(parse({"--help"}), testing::ExitedWithCode(0), ""); }
+
+}  // namespace

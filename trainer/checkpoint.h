@@ -1,0 +1,49 @@
+// Checkpoints: a folder OUT/step_000123 (123 finished steps) with
+//   params.safetensors  parameters under their Hugging Face names, in published sizes and orientation, F32
+//   adam.safetensors    adam.m.NAME and adam.v.NAME, likewise
+//   checkpoint.json     everything else, and the sizes of the other two; written last
+// It is written under a hidden name and renamed when it is complete and on the disk. Nothing in it depends on padding or
+// on the device that trained.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "trainer/model_spec.h"
+#include "trainer/parameters.h"
+
+struct CheckpointInfo {
+    ModelSpec model;
+    std::string recipe;
+    uint64_t seed = 0;
+    int64_t tokens_per_step = 0;
+    std::string config_toml;
+    std::string gemm_choices;  // opaque here
+};
+
+struct Checkpoint {
+    CheckpointInfo info;
+    TrainState state;
+};
+
+// Returns the new folder. One of the same step is replaced. Empty moments are saved as the zeros they stand for.
+std::string save_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list,
+                            const TrainState& state);
+
+// Removes all complete checkpoints but the `keep` that were saved last; keep <= 0 removes none.
+void prune_checkpoints(const std::string& out_dir, int keep);
+
+// The complete checkpoint that was saved last, "" if there is none. (Not the largest step: after a resume from an older
+// checkpoint, the ones ahead of it belong to an abandoned run.)
+std::string find_latest(const std::string& out_dir);
+
+// Bit for bit what was saved, m and v never empty. A checkpoint of another shape of model is an Error; whether recipe, seed and batch may
+// differ is the caller's to decide from `info`.
+Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model);
+
+// Only checkpoint.json: for decisions before the parameters are read.
+CheckpointInfo load_checkpoint_info(const std::string& path);
+
+// TrainState::params from a checkpoint folder, a Hugging Face folder with model.safetensors, or a .safetensors file.
+// Names may lack "transformer."; GPT-2's mask buffers are ignored, and so is an lm_head.weight equal to the embedding.
+std::vector<float> load_params_only(const std::string& path, const ParameterList& list);

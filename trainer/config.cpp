@@ -1,0 +1,313 @@
+#include "trainer/config.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <ctime>
+#include <limits>
+
+#include "kernels/common/check.h"
+#include "trainer/recipe.h"
+
+namespace {
+
+using ll = long long;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The one list of options: the command line, --help and the TOML text all come from it
+
+struct OptionInfo {
+    const char* group;
+    const char* name;
+    const char* description;
+};
+
+// Calls visit(OptionInfo, field) for every option. C is Config or const Config.
+template <typename C, typename Visitor>
+void for_each_option(C& c, Visitor&& visit) {
+    visit(OptionInfo{"Model", "model", "row of the model table"}, c.model);
+    visit(OptionInfo{"Model", "n-layers", "blocks (0: as in the row, here and below)"}, c.n_layers);
+    visit(OptionInfo{"Model", "dim", "width of the residual stream"}, c.dim);
+    visit(OptionInfo{"Model", "n-heads", "attention heads"}, c.n_heads);
+    visit(OptionInfo{"Model", "ffn-dim", "width of the MLP (0 with --dim: 4 * dim)"}, c.ffn_dim);
+    visit(OptionInfo{"Model", "vocab-size", "tokens in the vocabulary"}, c.vocab_size);
+    visit(OptionInfo{"Model", "seq-len", "context length, and rows of the position embedding"}, c.seq_len);
+    visit(OptionInfo{"Model", "recipe", "precision: row of the recipe table"}, c.recipe);
+    visit(OptionInfo{"Model", "device", "auto, gpu, or cpu (the reference device: slow, for small models)"}, c.device);
+
+    visit(OptionInfo{"Data", "train", "token files to train on: a folder, a file or a glob"}, c.train);
+    visit(OptionInfo{"Data", "val", "token files to evaluate on (empty: no evaluation)"}, c.val);
+
+    visit(OptionInfo{"Batch", "micro-batch", "sequences that are processed at once"}, c.micro_batch);
+    visit(OptionInfo{"Batch", "global-batch-tokens", "tokens of an optimizer step: a multiple of micro-batch * seq-len"},
+          c.global_batch_tokens);
+
+    visit(OptionInfo{"Training", "steps", "optimizer steps"}, c.steps);
+    visit(OptionInfo{"Training", "lr", "peak learning rate"}, c.lr);
+    visit(OptionInfo{"Training", "min-lr-factor", "the schedule ends at this factor times lr"}, c.min_lr_factor);
+    visit(OptionInfo{"Training", "warmup-steps", "linear warm-up (-1: min(700, steps / 20))"}, c.warmup_steps);
+    visit(OptionInfo{"Training", "schedule", "after the warm-up: cosine or constant"}, c.schedule);
+    visit(OptionInfo{"Training", "weight-decay", "AdamW, of matrices and embeddings"}, c.weight_decay);
+    visit(OptionInfo{"Training", "beta1", "AdamW"}, c.beta1);
+    visit(OptionInfo{"Training", "beta2", "AdamW"}, c.beta2);
+    visit(OptionInfo{"Training", "eps", "AdamW"}, c.eps);
+    visit(OptionInfo{"Training", "max-grad-norm", "gradients are clipped to this norm (0: never)"}, c.max_grad_norm);
+    visit(OptionInfo{"Training", "seed", "of initial weights and data order"}, c.seed);
+    visit(OptionInfo{"Training", "deterministic", "pin GEMM algorithms, so that runs agree bit for bit"}, c.deterministic);
+    visit(OptionInfo{"Training", "no-graph", "launch every kernel on its own instead of CUDA graphs; same bits"}, c.no_graph);
+
+    visit(OptionInfo{"Evaluation", "eval-every", "evaluate every so many steps (0: never)"}, c.eval_every);
+    visit(OptionInfo{"Evaluation", "eval-batches", "micro-batches of an evaluation"}, c.eval_batches);
+
+    visit(OptionInfo{"Files", "out", "folder of log and checkpoints (empty: runs/DATE-TIME-MODEL)"}, c.out);
+    visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps (0: only at the end)"}, c.checkpoint_every);
+    visit(OptionInfo{"Files", "keep", "checkpoints to keep, newest first (0: all)"}, c.keep);
+    visit(OptionInfo{"Files", "resume", "folder of a checkpoint, or auto: the newest in --out, if any"}, c.resume);
+
+    visit(OptionInfo{"Logging and tuning", "log-every", "print a line every so many steps"}, c.log_every);
+    visit(OptionInfo{"Logging and tuning", "gemm-cache", "file of tuned GEMM algorithms (empty: none)"}, c.gemm_cache);
+    visit(OptionInfo{"Logging and tuning", "print-config", "print the resolved configuration as TOML and exit"},
+          c.print_config);
+}
+
+struct SizeOption {
+    const char* name;
+    int Config::*option;
+    int ModelSpec::*field;
+};
+constexpr SizeOption kSizes[] = {
+    {"n-layers", &Config::n_layers, &ModelSpec::n_layers}, {"dim", &Config::dim, &ModelSpec::dim},
+    {"n-heads", &Config::n_heads, &ModelSpec::n_heads},    {"ffn-dim", &Config::ffn_dim, &ModelSpec::ffn_dim},
+    {"vocab-size", &Config::vocab_size, &ModelSpec::vocab_size}, {"seq-len", &Config::seq_len, &ModelSpec::seq_len},
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Command line
+
+// CLI11 alone would read 010 as eight and a number that does not fit as the nearest one that does.
+template <typename Integer>
+std::string check_whole_number(const std::string& text) {
+    Integer value;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc() && end == text.data() + text.size() && std::to_string(value) == text) return "";
+    return message("must be a whole number in plain digits from %s to %s, is %s",
+                   std::to_string(std::numeric_limits<Integer>::min()).c_str(),
+                   std::to_string(std::numeric_limits<Integer>::max()).c_str(), text.c_str());
+}
+
+std::string check_number(const std::string& text) {
+    double value;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    return error == std::errc() && end == text.data() + text.size() ? "" : "must be a number, is " + text;
+}
+
+struct CommandLineBuilder {
+    CLI::App& app;
+
+    void operator()(const OptionInfo& info, bool& field) {
+        app.add_flag(std::string("--") + info.name, field, info.description)->group(info.group);
+    }
+    void operator()(const OptionInfo& info, std::string& field) { add(info, field); }
+    void operator()(const OptionInfo& info, float& field) { add(info, field)->check(CLI::Validator(check_number, "")); }
+    template <typename Integer>
+    void operator()(const OptionInfo& info, Integer& field) {
+        add(info, field)->check(CLI::Validator(check_whole_number<Integer>, ""));
+    }
+
+  private:
+    template <typename T>
+    CLI::Option* add(const OptionInfo& info, T& field) {
+        return app.add_option(std::string("--") + info.name, field, info.description)
+            ->group(info.group)
+            ->capture_default_str();
+    }
+};
+
+std::string default_gemm_cache() {
+    const char* cache = std::getenv("XDG_CACHE_HOME");
+    if (cache && cache[0] == '/') return std::string(cache) + "/train_gpt_fp8/gemm.cache";
+    const char* home = std::getenv("HOME");
+    return home && *home ? std::string(home) + "/.cache/train_gpt_fp8/gemm.cache" : "";
+}
+
+std::string default_out(const Config& c) {
+    const std::time_t now = std::time(nullptr);
+    std::tm local{};
+    localtime_r(&now, &local);
+    char text[32];
+    std::strftime(text, sizeof(text), "%Y%m%d-%H%M%S", &local);
+    return std::string("runs/") + text + "-" + c.model;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rules
+
+void validate_model(const Config& c) {
+    const ModelSpec spec = c.model_spec();
+    validate(spec);
+    const Recipe& recipe = find_recipe(c.recipe);
+    REQUIRE(c.device == "auto" || c.device == "gpu" || c.device == "cpu", "--device %s: must be auto, gpu or cpu",
+            c.device.c_str());
+    REQUIRE(!recipe.reference_device_only || c.device == "cpu", "--recipe %s: needs --device cpu, is %s", c.recipe.c_str(),
+            c.device.c_str());
+}
+
+void validate_batch(const Config& c) {
+    REQUIRE(c.micro_batch >= 1, "--micro-batch %d: must be at least 1", c.micro_batch);
+    const int64_t micro = c.micro_batch_tokens(), global = c.global_batch_tokens;
+    REQUIRE(micro <= INT_MAX, "--micro-batch %d: times sequence length = %lld tokens, must be at most %d", c.micro_batch,
+            ll(micro), INT_MAX);
+    // These tokens are the K of the weight gradient's GEMM.
+    REQUIRE(!find_recipe(c.recipe).quantizes() || micro % 16 == 0,
+            "--micro-batch %d: times sequence length = %lld tokens, must be a multiple of 16 for --recipe %s", c.micro_batch,
+            ll(micro), c.recipe.c_str());
+    REQUIRE(global >= 1, "--global-batch-tokens %lld: must be at least 1", ll(global));
+    const int64_t below = global / micro * micro;
+    const int64_t nearest = below > 0 && global - below <= below + micro - global ? below : below + micro;
+    REQUIRE(global % micro == 0,
+            "--global-batch-tokens %lld: must be a multiple of micro-batch %d * sequence length %lld = %lld; nearest: %lld",
+            ll(global), c.micro_batch, ll(micro / c.micro_batch), ll(micro), ll(nearest));
+    REQUIRE(global / micro <= INT_MAX, "--global-batch-tokens %lld: must be at most %d micro-batches, is %lld", ll(global),
+            INT_MAX, ll(global / micro));
+}
+
+// Written so that NaN fails.
+void validate_training(const Config& c) {
+    REQUIRE(c.steps >= 1, "--steps %lld: must be at least 1", ll(c.steps));
+    REQUIRE(c.lr > 0 && std::isfinite(c.lr), "--lr %g: must be above 0 and finite", double(c.lr));
+    REQUIRE(c.min_lr_factor >= 0 && c.min_lr_factor <= 1, "--min-lr-factor %g: must be from 0 to 1", double(c.min_lr_factor));
+    REQUIRE(c.warmup_steps >= 0 && c.warmup_steps <= c.steps, "--warmup-steps %lld: must be from 0 to --steps %lld",
+            ll(c.warmup_steps), ll(c.steps));
+    find_decay(c.schedule);
+    REQUIRE(c.weight_decay >= 0 && std::isfinite(c.weight_decay), "--weight-decay %g: must be at least 0 and finite",
+            double(c.weight_decay));
+    REQUIRE(c.beta1 >= 0 && c.beta1 < 1, "--beta1 %g: must be at least 0 and below 1", double(c.beta1));
+    REQUIRE(c.beta2 >= 0 && c.beta2 < 1, "--beta2 %g: must be at least 0 and below 1", double(c.beta2));
+    REQUIRE(c.eps > 0 && std::isfinite(c.eps), "--eps %g: must be above 0 and finite", double(c.eps));
+    REQUIRE(c.max_grad_norm >= 0 && std::isfinite(c.max_grad_norm), "--max-grad-norm %g: must be at least 0 and finite",
+            double(c.max_grad_norm));
+}
+
+void validate_files(const Config& c) {
+    REQUIRE(!c.train.empty() || c.print_config, "--train: is missing; give a folder, a file or a glob of token files");
+    REQUIRE(c.eval_every >= 0, "--eval-every %lld: must be at least 0", ll(c.eval_every));
+    REQUIRE(c.eval_batches >= 1, "--eval-batches %lld: must be at least 1", ll(c.eval_batches));
+    REQUIRE(c.checkpoint_every >= 0, "--checkpoint-every %lld: must be at least 0", ll(c.checkpoint_every));
+    REQUIRE(c.keep >= 0, "--keep %d: must be at least 0", c.keep);
+    REQUIRE(c.log_every >= 1, "--log-every %lld: must be at least 1", ll(c.log_every));
+    REQUIRE(!c.out.empty(), "--out: must not be empty");
+}
+
+// CLI11's TOML reader ends a value at #, even inside quotes, and knows no escapes.
+struct TextChecker {
+    void operator()(const OptionInfo& info, const std::string& text) {
+        for (const char ch : text)
+            REQUIRE(ch != '#' && ch != '\'' && ch != '"' && static_cast<unsigned char>(ch) >= ' ',
+                    "--%s %s: must not hold #, a quote or a control character", info.name, text.c_str());
+    }
+    template <typename T>
+    void operator()(const OptionInfo&, const T&) {}
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// TOML text
+
+std::string toml_value(const std::string& text) { return "'" + text + "'"; }
+std::string toml_value(bool value) { return value ? "true" : "false"; }
+std::string toml_value(float value) {
+    char digits[32];
+    std::string text(digits, std::to_chars(digits, digits + sizeof(digits), value).ptr);  // shortest that reads back
+    return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;           // e: 6e-04; n: inf, nan
+}
+template <typename Integer>
+std::string toml_value(Integer value) {
+    return std::to_string(value);
+}
+
+struct TomlWriter {
+    ModelSpec spec;
+    std::string text;
+    std::string group;
+
+    template <typename T>
+    void operator()(const OptionInfo& info, const T& value) {
+        const std::string name = info.name;
+        if (name == "print-config") return;
+        if (group != info.group) text += (group.empty() ? "# " : "\n# ") + (group = info.group) + "\n";
+        const SizeOption* size = std::find_if(std::begin(kSizes), std::end(kSizes), [&](const auto& s) { return s.name == name; });
+        if (size != std::end(kSizes) && toml_value(value) == "0")
+            text += "# " + name + " = " + std::to_string(spec.*size->field) + "\n";
+        else
+            text += name + " = " + toml_value(value) + "\n";
+    }
+};
+
+}  // namespace
+
+ModelSpec Config::model_spec() const {
+    ModelSpec spec = find_model(model);
+    for (const SizeOption& size : kSizes)
+        if (this->*size.option != 0) spec.*size.field = this->*size.option;
+    if (dim != 0 && ffn_dim == 0) spec.ffn_dim = int(std::clamp<int64_t>(int64_t(4) * dim, INT_MIN, INT_MAX));
+    return spec;
+}
+
+int64_t Config::micro_batch_tokens() const { return int64_t(micro_batch) * model_spec().seq_len; }
+
+int Config::micro_batches_per_step() const { return int(global_batch_tokens / micro_batch_tokens()); }
+
+AdamWConfig Config::adamw() const {
+    return {.beta1 = beta1, .beta2 = beta2, .eps = eps, .weight_decay = weight_decay, .max_grad_norm = max_grad_norm};
+}
+
+Schedule Config::lr_schedule() const {
+    return {.decay = find_decay(schedule), .peak = lr, .min_factor = min_lr_factor, .warmup_steps = warmup_steps,
+            .total_steps = steps};
+}
+
+Config parse_config(int argc, char** argv) {
+    Config config;
+    config.gemm_cache = default_gemm_cache();
+    CLI::App app("Trains GPT models in FP8.", "train_gpt_fp8");
+    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    app.set_help_flag("--help", "print this and exit");
+    app.set_config("--config", "", "TOML file of these options without the dashes; the command line wins");
+    app.allow_config_extras(CLI::config_extras_mode::error);
+    for_each_option(config, CommandLineBuilder{app});
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::CallForHelp& help) {
+        std::exit(app.exit(help));
+    } catch (const CLI::ConfigError& error) {
+        std::string text = error.what();
+        const std::string unknown = "INI was not able to parse ";
+        if (text.starts_with(unknown)) text = "unknown key " + text.substr(unknown.size());
+        throw Error("--config: " + text);
+    } catch (const CLI::FileError& error) {
+        throw Error(std::string("--config: ") + error.what());
+    } catch (const CLI::ParseError& error) {
+        throw Error(error.what());
+    }
+    REQUIRE(config.resume != "auto" || !config.out.empty(), "--resume auto: needs --out, the folder to look in");
+    if (config.warmup_steps == -1) config.warmup_steps = std::min<int64_t>(700, config.steps / 20);
+    if (config.out.empty()) config.out = default_out(config);
+    validate(config);
+    return config;
+}
+
+void validate(const Config& c) {
+    validate_model(c);
+    validate_batch(c);
+    validate_training(c);
+    validate_files(c);
+    for_each_option(c, TextChecker{});
+}
+
+std::string to_toml(const Config& config) {
+    TomlWriter writer{config.model_spec(), "", ""};
+    for_each_option(config, writer);
+    return writer.text;
+}

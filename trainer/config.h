@@ -1,0 +1,70 @@
+// Every option of the program: its name, default and rule. The same names work as long flags and as keys of a TOML file.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "kernels/common/step_state.h"
+#include "trainer/model_spec.h"
+#include "trainer/schedule.h"
+
+struct Config {
+    // Model: a row of the table; a zero takes the row's value (--dim alone also sets ffn_dim to 4 * dim)
+    std::string model = "gpt2-124M";
+    int n_layers = 0, dim = 0, n_heads = 0, ffn_dim = 0, vocab_size = 0, seq_len = 0;
+    std::string recipe = "tensorwise";
+    std::string device = "auto";  // auto | gpu | cpu
+
+    // Data
+    std::string train;  // folder, file or glob of token files
+    std::string val;    // same; empty: no evaluation
+
+    // Batch
+    int micro_batch = 32;                  // sequences
+    int64_t global_batch_tokens = 524288;  // of one optimizer step
+
+    // Training
+    int64_t steps = 19073;  // at the default batch: 10 billion tokens
+    float lr = 6e-4f;
+    float min_lr_factor = 0.1f;
+    int64_t warmup_steps = -1;        // -1 becomes min(700, steps / 20) in parse_config
+    std::string schedule = "cosine";  // cosine | constant
+    float weight_decay = 0.1f;
+    float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
+    float max_grad_norm = 1.0f;  // 0: no clipping
+    uint64_t seed = 1337;
+    bool deterministic = false;
+    bool no_graph = false;
+
+    // Evaluation
+    int64_t eval_every = 250;  // steps; 0: never
+    int64_t eval_batches = 20;  // micro-batches
+
+    // Files
+    std::string out;  // empty becomes runs/DATE-TIME-MODEL in parse_config
+    int64_t checkpoint_every = 1000;  // steps; 0: only at the end
+    int keep = 2;                     // newest checkpoints to keep; 0: all
+    std::string resume;               // folder of a checkpoint, or "auto": the newest in `out`, if there is one
+
+    // Logging and tuning
+    int64_t log_every = 1;
+    std::string gemm_cache;     // file of tuned GEMM algorithms; parse_config sets a default, "" on the command line: none
+    bool print_config = false;  // print to_toml() and exit
+
+    // What follows from the options.
+    ModelSpec model_spec() const;                  // the row with its overrides
+    int64_t micro_batch_tokens() const;            // micro_batch * model_spec().seq_len
+    int micro_batches_per_step() const;            // global_batch_tokens / micro_batch_tokens(); exact once validated
+    AdamWConfig adamw() const;
+    Schedule lr_schedule() const;
+};
+
+// Command line over TOML file over defaults, completed and validated. Prints help and exits with status 0 on --help;
+// throws Error otherwise.
+Config parse_config(int argc, char** argv);
+
+// Throws Error naming the option, its value and the rule.
+void validate(const Config& config);
+
+// The resolved configuration as a file for --config. Sizes that the model row decides are comments, so that the file
+// still works with another --model.
+std::string to_toml(const Config& config);

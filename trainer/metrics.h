@@ -1,0 +1,91 @@
+// What a run reports: one line a step on the terminal, one JSON object a line in OUT/log.jsonl, two utilizations.
+//
+// The number `step` of every record and line counts finished steps: the first step is logged as 1, an evaluation after
+// it has step 1, and the checkpoint step_000001 holds what both describe.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/common/peak.h"
+#include "trainer/engine.h"
+#include "trainer/model_spec.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Utilization: fractions of 1; NaN when the device's peak is unknown
+
+// Model FLOPs over the dense BF16 peak, whatever the recipe.
+double mfu(double tokens_per_s, const TokenFlops& flops, const Peak& peak);
+
+// The time the same FLOPs take with each GEMM at the dense peak of its own format, over the measured time: blocks'
+// linears at the FP8 peak when the recipe quantizes them, head and attention at the BF16 peak.
+double speed_of_light(double tokens_per_s, const TokenFlops& flops, const Peak& peak, bool fp8_linears);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Text for people
+
+std::string format_rate(double per_s);         // 950, 41.2k, 1.27M, 2.10G
+std::string format_bytes(double bytes);        // 512 B, 1.5 MiB, 12.3 GiB
+std::string format_duration(double seconds);   // 412 ms, 3.2 s, 5 m 12 s, 2 h 05 m, 3 d 04 h
+std::string format_percent(double fraction, int decimals);  // 46.1 %, n/a for NaN
+std::string format_memory_table(const std::vector<MemoryRow>& rows);  // one line a row and the sum
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The log
+
+struct RunLogOptions {
+    std::string out;             // folder, made if needed; "": terminal only
+    bool resuming = false;       // the log in `out`, if any, is continued; otherwise one there is an Error
+    int64_t first_step = 0;      // steps finished before this run: later records of the log are cut off
+    int64_t total_steps = 0;
+    int64_t log_every = 1;       // terminal line every so many steps, and for the last; JSON holds every step
+    TokenFlops flops{};
+    bool fp8_linears = false;    // recipe.quantizes()
+    double memory_bytes = 0;     // shown on the step line; 0: not shown
+    std::string device;          // Engine::device_name(): decides the peak
+};
+
+// What makes a run replayable: written as the {"kind": "run"} record, first in the log and again after each resume.
+struct RunRecord {
+    std::string command, config_toml, commit;
+    std::vector<std::pair<std::string, std::string>> versions;  // name, version
+    std::string model, recipe;
+    int64_t parameters = 0, tokens_per_step = 0;
+};
+
+struct StepRecord {
+    int64_t steps_done;  // StepState::in.step + 1
+    double loss, grad_norm, learning_rate;
+    double seconds;
+    int64_t tokens;         // of the global batch
+    bool skipped;           // non-finite: no update
+    int64_t skipped_steps;  // since step 0
+};
+
+class RunLog {
+  public:
+    RunLog(const RunLogOptions& options, const RunRecord& run);
+
+    void step(const StepRecord& record);
+    void eval(int64_t steps_done, double loss, int64_t tokens, double seconds);  // mean loss a token
+    void checkpoint(int64_t steps_done, const std::string& path, double seconds);
+
+    // The terminal's text for a record, without line end; `eta_s` < 0: none.
+    std::string step_line(const StepRecord& record, double eta_s) const;
+
+  private:
+    struct CloseFile {
+        void operator()(std::FILE* file) const { std::fclose(file); }
+    };
+    void write_line(const std::string& line);
+
+    RunLogOptions options_;
+    Peak peak_;
+    bool terminal_;
+    double smooth_step_s_ = 0;  // for the ETA
+    std::string path_;
+    std::unique_ptr<std::FILE, CloseFile> file_;
+};

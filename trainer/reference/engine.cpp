@@ -1,0 +1,388 @@
+// The reference device: GPT-2's whole training step in plain C++, for `--device cpu` and as the oracle of the GPU's tests.
+//
+// Every tensor is float. Where the GPU stores BF16, store() rounds to it; where it multiplies in FP8, reference::Linear
+// casts with the exact rule. What the GPU keeps on chip (scores, probabilities, sums) is not rounded, so the two differ
+// by the order of sums and by the BF16 rounding of P and dS inside the GPU's attention.
+#include "trainer/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <deque>
+#include <utility>
+
+#include "kernels/common/check.h"
+#include "trainer/reference/adamw.h"
+#include "trainer/reference/linear.h"
+#include "trainer/reference/matmul.h"
+#include "trainer/reference/ops.h"
+#include "trainer/reference/quantizer.h"
+
+namespace {
+
+using reference::Linear;
+
+struct NormStatistics {
+    std::vector<float> mean, rstd;  // (rows)
+    explicit NormStatistics(size_t rows) : mean(rows), rstd(rows) {}
+};
+
+// A block's linears and what it keeps from forward to backward.
+struct Block {
+    Linear qkv, proj, fc1, fc2;
+    NormStatistics norm1, norm2;
+    std::vector<float> x1, y1, qkv_out, attention_out, lse;  // (rows, C) (rows, C) (rows, 3C) (rows, C) (B, H, T)
+    std::vector<float> x2, y2, pre_activation, activation;   // (rows, C) (rows, C) (rows, F) (rows, F)
+
+    Block(const ModelSpec& m, const Recipe& recipe, size_t rows)
+        : qkv(recipe, 3 * m.dim, m.dim), proj(recipe, m.dim, m.dim), fc1(recipe, m.ffn_dim, m.dim), fc2(recipe, m.dim, m.ffn_dim),
+          norm1(rows), norm2(rows),
+          x1(rows * size_t(m.dim)), y1(x1.size()), qkv_out(3 * x1.size()), attention_out(x1.size()), lse(rows * size_t(m.n_heads)),
+          x2(x1.size()), y2(x1.size()), pre_activation(rows * size_t(m.ffn_dim)), activation(pre_activation.size()) {}
+};
+
+class ReferenceEngine final : public Engine {
+  public:
+    explicit ReferenceEngine(const EngineOptions& options);
+
+    void load(const TrainState& state) override;
+    void save(TrainState& state) override;
+    void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
+    StepResult collect() override;
+    std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
+    double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
+    std::string device_name() const override { return "CPU reference"; }
+    std::vector<MemoryRow> memory_table() const override;
+    std::vector<LinearRow> linear_table() const override;
+
+  private:
+    // Indices into a block's parameters, for one of its two norms or four linears.
+    struct Affine {
+        int weight, bias;
+    };
+
+    void check_tokens(std::span<const int> inputs, std::span<const int> targets, int micro_batches) const;
+    void refresh_effective();
+    void set_linear(Linear& linear, const Affine& at);
+
+    void store(float* x, int64_t n) const {  // here the GPU stores x in BF16
+        if (options_.recipe.rounds_to_bf16()) round_to_bf16(x, x, n);
+    }
+    void store(std::vector<float>& x) const { store(x.data(), int64_t(x.size())); }
+    const float* effective(int parameter) const { return effective_.data() + list_[parameter].offset; }
+    float* grad(int parameter) { return grads_.data() + list_[parameter].offset; }
+
+    // All micro-batches of a step: zeroes and fills grads_, adds to state_.loss_sum and raises state_.nonfinite.
+    void forward_backward(std::span<const int> inputs, std::span<const int> targets);
+
+    void forward(const int* inputs);
+    void forward_block(Block& block, int layer);
+    void norm_forward(const std::vector<float>& x, const Affine& at, NormStatistics& statistics, std::vector<float>& out);
+    void linear_forward(Linear& linear, const std::vector<float>& x, std::vector<float>& y);
+
+    // Sum of the micro-batch's losses; with a gradient scale also the head's gradients, that of its input into dbranch_.
+    enum class Gradient : bool { no, yes };
+    double head(const int* targets, Gradient gradient);
+    void backward(const int* inputs);
+    void backward_block(Block& block, int layer);
+    void norm_backward(const std::vector<float>& x, const NormStatistics& statistics, const Affine& at, bool has_residual);
+    void linear_backward(Linear& linear, const Affine& at, const std::vector<float>& x, const std::vector<float>& dy, std::vector<float>& dx);
+
+    const EngineOptions options_;
+    const ParameterList list_;
+    const int rows_;        // of a micro-batch: B * T
+    const int head_chunk_;  // rows whose logits exist at a time
+
+    std::vector<float> params_, grads_, m_, v_;
+    std::vector<float> effective_;  // the weights as they are multiplied: as params_, or their BF16 or FP8 values
+    StepState state_{};
+    std::deque<StepResult> finished_;
+
+    std::vector<Block> blocks_;
+    std::vector<float> x_final_, y_final_, branch_;       // (rows, C)
+    NormStatistics norm_final_;
+    std::vector<float> logits_, losses_;                  // (head_chunk, V), (rows)
+    std::vector<float> dresidual_, dbranch_;              // (rows, C)
+    std::vector<float> dqkv_, dhidden_;                   // (rows, 3C), (rows, F)
+};
+
+const EngineOptions& checked(const EngineOptions& o) {
+    validate(o.model);
+    REQUIRE(o.micro_batch >= 1 && o.micro_batches_per_step >= 1, "micro-batches of %d sequences, %d a step: must be at least 1",
+            o.micro_batch, o.micro_batches_per_step);
+    REQUIRE(o.seq_len >= 1 && o.seq_len <= o.model.seq_len, "sequences of %d tokens: the model takes 1 to %d", o.seq_len,
+            o.model.seq_len);
+    return o;
+}
+
+ReferenceEngine::ReferenceEngine(const EngineOptions& o)
+    : options_(checked(o)), list_(make_parameters(o.model)), rows_(o.micro_batch * o.seq_len), head_chunk_(std::min(rows_, 512)),
+      norm_final_(size_t(rows_)) {
+    for (std::vector<float>* flat : {&params_, &grads_, &m_, &v_, &effective_}) flat->resize(size_t(list_.flat_elements));
+    const size_t rows = size_t(rows_), C = size_t(o.model.dim);
+    blocks_.reserve(size_t(o.model.n_layers));
+    for (int layer = 0; layer < o.model.n_layers; ++layer) blocks_.emplace_back(o.model, o.recipe, rows);
+    for (std::vector<float>* x : {&x_final_, &y_final_, &branch_, &dresidual_, &dbranch_}) x->resize(rows * C);
+    logits_.resize(size_t(head_chunk_) * size_t(o.model.vocab_size));
+    losses_.resize(rows);
+    dqkv_.resize(3 * rows * C);
+    dhidden_.resize(rows * size_t(o.model.ffn_dim));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// State
+
+void ReferenceEngine::load(const TrainState& state) {
+    const size_t n = size_t(list_.flat_elements);
+    REQUIRE(state.params.size() == n, "load: %zu parameters, the model has %zu", state.params.size(), n);
+    for (const std::vector<float>* moment : {&state.m, &state.v})
+        REQUIRE(moment->empty() || moment->size() == n, "load: %zu moments, the model has %zu", moment->size(), n);
+    params_ = state.params;
+    m_ = state.m.empty() ? std::vector<float>(n) : state.m;
+    v_ = state.v.empty() ? std::vector<float>(n) : state.v;
+    state_ = {};
+    state_.adam_t = state.adam_t;
+    state_.skipped_steps = state.skipped_steps;
+    refresh_effective();
+}
+
+void ReferenceEngine::save(TrainState& state) {
+    state.params = params_;
+    state.m = m_;
+    state.v = v_;
+    state.adam_t = state_.adam_t;
+    state.skipped_steps = state_.skipped_steps;
+}
+
+// Norms use the float master; everything that a BF16 matmul, sum or lookup reads is rounded.
+void ReferenceEngine::refresh_effective() {
+    effective_ = params_;
+    for (const int i : {list_.wte, list_.wpe}) store(effective_.data() + list_[i].offset, list_[i].padded_count());
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+        const BlockParameters& p = list_.blocks[layer];
+        Block& block = blocks_[layer];
+        set_linear(block.qkv, {p.qkv_weight, p.qkv_bias});
+        set_linear(block.proj, {p.proj_weight, p.proj_bias});
+        set_linear(block.fc1, {p.fc1_weight, p.fc1_bias});
+        set_linear(block.fc2, {p.fc2_weight, p.fc2_bias});
+    }
+}
+
+void ReferenceEngine::set_linear(Linear& linear, const Affine& at) {
+    linear.set_weight(params_.data() + list_[at.weight].offset, effective_.data() + list_[at.weight].offset);
+    float* bias = effective_.data() + list_[at.bias].offset;
+    store(bias, linear.out());
+    linear.set_bias(bias);
+}
+
+std::vector<MemoryRow> ReferenceEngine::memory_table() const {
+    const auto bytes = [](const auto&... x) { return double((x.size() + ...)) * sizeof(float); };
+    double saved = 0;
+    for (const Block& b : blocks_)
+        saved += bytes(b.x1, b.y1, b.qkv_out, b.attention_out, b.lse, b.x2, b.y2, b.pre_activation, b.activation);
+    return {{"parameters", bytes(params_)},
+            {"gradients", bytes(grads_)},
+            {"AdamW moments", bytes(m_, v_)},
+            {"weights as multiplied", bytes(effective_)},
+            {"saved activations", saved},
+            {"logits of a chunk, losses", bytes(logits_, losses_)},
+            {"scratch", bytes(x_final_, y_final_, branch_, dresidual_, dbranch_, dqkv_, dhidden_)}};
+}
+
+std::vector<LinearRow> ReferenceEngine::linear_table() const {
+    const Recipe& recipe = options_.recipe;
+    const std::string unquantized = recipe.rounds_to_bf16() ? "BF16" : "FP32";
+    const auto row = [&](const std::string& name, const Linear& linear) -> LinearRow {
+        const std::string size = message(" (%d x %d, %zu blocks)", linear.out(), linear.in(), blocks_.size());
+        const std::string obstacle = fp8_obstacle(linear.out(), linear.in());
+        return {name + size, linear.fp8() ? "FP8" : unquantized,
+                recipe.quantizes() && !obstacle.empty() ? obstacle : "recipe " + recipe.name};
+    };
+    const Block& block = blocks_.front();  // the blocks are alike
+    return {row("attn.c_attn", block.qkv), row("attn.c_proj", block.proj), row("mlp.c_fc", block.fc1), row("mlp.c_proj", block.fc2),
+            {message("head, tied to wte (%d x %d)", options_.model.vocab_size, options_.model.dim), unquantized,
+             recipe.quantizes() ? "the head is not quantized" : "recipe " + recipe.name}};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A step
+
+void ReferenceEngine::check_tokens(std::span<const int> inputs, std::span<const int> targets, int micro_batches) const {
+    const size_t expected = size_t(rows_) * size_t(micro_batches);
+    REQUIRE(inputs.size() == expected && targets.size() == expected, "%zu input and %zu target tokens: expected %zu",
+            inputs.size(), targets.size(), expected);
+    const int V = options_.model.vocab_size;
+    for (const int token : inputs) REQUIRE(token >= 0 && token < V, "input token %d: the vocabulary has %d", token, V);
+    for (const int token : targets) REQUIRE(token < V, "target token %d: the vocabulary has %d", token, V);
+}
+
+void ReferenceEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    const auto start = std::chrono::steady_clock::now();
+    state_.in = in;
+    forward_backward(inputs, targets);
+    reference::optimizer_prepare(options_.adamw, reference::global_norm(grads_.data(), list_.flat_elements), state_);
+    if (!state_.skip_update) {
+        reference::adamw_update(list_, options_.adamw, state_,
+                                {.params = params_.data(), .grads = grads_.data(), .m = m_.data(), .v = v_.data()});
+        refresh_effective();
+    }
+    finished_.push_back({state_, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
+}
+
+StepResult ReferenceEngine::collect() {
+    REQUIRE(!finished_.empty(), "collect: no step was enqueued");
+    const StepResult state = finished_.front();
+    finished_.pop_front();
+    return state;
+}
+
+std::vector<float> ReferenceEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    const StepState before = state_;
+    state_.in = in;
+    forward_backward(inputs, targets);
+    state_ = before;
+    return grads_;
+}
+
+double ReferenceEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
+    check_tokens(inputs, targets, 1);
+    const StepState before = state_;  // the forward pass may raise its non-finite flag
+    forward(inputs.data());
+    const double sum = head(targets.data(), Gradient::no);
+    state_ = before;
+    return sum;
+}
+
+void ReferenceEngine::forward_backward(std::span<const int> inputs, std::span<const int> targets) {
+    check_tokens(inputs, targets, options_.micro_batches_per_step);
+    std::fill(grads_.begin(), grads_.end(), 0.0f);
+    state_.nonfinite = 0;
+    double loss = 0;
+    for (int i = 0; i < options_.micro_batches_per_step; ++i) {
+        const int* micro_inputs = inputs.data() + size_t(i) * size_t(rows_);
+        forward(micro_inputs);
+        loss += head(targets.data() + size_t(i) * size_t(rows_), Gradient::yes) * double(state_.in.inverse_valid_tokens);
+        backward(micro_inputs);
+    }
+    state_.loss_sum = float(loss);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+void ReferenceEngine::norm_forward(const std::vector<float>& x, const Affine& at, NormStatistics& s, std::vector<float>& out) {
+    reference::layernorm_forward({.x = x.data(), .weight = effective(at.weight), .bias = effective(at.bias), .out = out.data(),
+                                  .mean = s.mean.data(), .rstd = s.rstd.data(), .rows = rows_, .C = options_.model.dim});
+    store(out);
+}
+
+void ReferenceEngine::linear_forward(Linear& linear, const std::vector<float>& x, std::vector<float>& y) {
+    linear.forward(x.data(), y.data(), rows_, &state_.nonfinite);
+    store(y);
+}
+
+void ReferenceEngine::forward(const int* inputs) {
+    const ModelSpec& m = options_.model;
+    reference::embedding_forward({.tokens = inputs, .wte = effective(list_.wte), .wpe = effective(list_.wpe),
+                                  .out = blocks_.front().x1.data(), .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim});
+    store(blocks_.front().x1);
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) forward_block(blocks_[layer], int(layer));
+    norm_forward(x_final_, {list_.lnf_weight, list_.lnf_bias}, norm_final_, y_final_);
+}
+
+// x1 -> x2 -> x1 of the block above, or x_final_.
+void ReferenceEngine::forward_block(Block& b, int layer) {
+    const BlockParameters& p = list_.blocks[size_t(layer)];
+    const ModelSpec& m = options_.model;
+    norm_forward(b.x1, {p.ln1_weight, p.ln1_bias}, b.norm1, b.y1);
+    linear_forward(b.qkv, b.y1, b.qkv_out);
+    reference::attention_forward({.shape = {options_.micro_batch, options_.seq_len, m.n_heads, m.head_dim()},
+                                  .qkv = b.qkv_out.data(), .out = b.attention_out.data(), .lse = b.lse.data()});
+    store(b.attention_out);
+    linear_forward(b.proj, b.attention_out, branch_);
+    reference::add(b.x1.data(), branch_.data(), b.x2.data(), int64_t(b.x2.size()));
+    store(b.x2);
+
+    norm_forward(b.x2, {p.ln2_weight, p.ln2_bias}, b.norm2, b.y2);
+    linear_forward(b.fc1, b.y2, b.pre_activation);
+    reference::gelu_forward(b.pre_activation.data(), b.activation.data(), int64_t(b.activation.size()));
+    store(b.activation);
+    linear_forward(b.fc2, b.activation, branch_);
+    std::vector<float>& next = size_t(layer) + 1 < blocks_.size() ? blocks_[size_t(layer) + 1].x1 : x_final_;
+    reference::add(b.x2.data(), branch_.data(), next.data(), int64_t(next.size()));
+    store(next);
+}
+
+// The head shares its weight with the token embedding: both add to one gradient. Rows of the padded vocabulary take no part.
+double ReferenceEngine::head(const int* targets, Gradient gradient) {
+    const int V = options_.model.vocab_size, C = options_.model.dim;
+    for (int row = 0; row < rows_; row += head_chunk_) {
+        const int rows = std::min(head_chunk_, rows_ - row);
+        const float* y = y_final_.data() + int64_t(row) * C;
+        float* dy = dbranch_.data() + int64_t(row) * C;
+        reference::matmul({.a = y, .b = effective(list_.wte), .b_transposed = true, .d = logits_.data(), .M = rows, .N = V, .K = C});
+        store(logits_.data(), int64_t(rows) * V);
+        reference::classifier({.logits = logits_.data(), .targets = targets + row, .losses = losses_.data() + row,
+                               .with_gradient = gradient == Gradient::yes, .gradient_scale = state_.in.inverse_valid_tokens,
+                               .rows = rows, .V = V});
+        if (gradient == Gradient::no) continue;
+        store(logits_.data(), int64_t(rows) * V);
+        reference::matmul({.a = logits_.data(), .b = effective(list_.wte), .d = dy, .M = rows, .N = C, .K = V});
+        store(dy, int64_t(rows) * C);
+        reference::matmul({.a = logits_.data(), .a_transposed = true, .b = y, .d = grad(list_.wte), .accumulate = true,
+                           .M = V, .N = C, .K = rows});
+    }
+    double sum = 0;
+    for (const float loss : losses_) sum += loss;
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+// The gradient of the norm's output is in dbranch_; that of its input is added to dresidual_, or starts it.
+void ReferenceEngine::norm_backward(const std::vector<float>& x, const NormStatistics& s, const Affine& at, bool has_residual) {
+    reference::layernorm_backward({.x = x.data(), .dout = dbranch_.data(), .weight = effective(at.weight), .mean = s.mean.data(),
+                                   .rstd = s.rstd.data(), .dresidual_in = has_residual ? dresidual_.data() : nullptr,
+                                   .dresidual_out = dresidual_.data(), .dweight = grad(at.weight), .dbias = grad(at.bias),
+                                   .rows = rows_, .C = options_.model.dim});
+    store(dresidual_);
+}
+
+void ReferenceEngine::linear_backward(Linear& linear, const Affine& at, const std::vector<float>& x,
+                                      const std::vector<float>& dy, std::vector<float>& dx) {
+    linear.backward({.x = x.data(), .dy = dy.data(), .dx = dx.data(), .dweight = grad(at.weight), .dbias = grad(at.bias),
+                     .rows = rows_}, &state_.nonfinite);
+    store(dx);
+}
+
+void ReferenceEngine::backward(const int* inputs) {
+    norm_backward(x_final_, norm_final_, {list_.lnf_weight, list_.lnf_bias}, false);
+    for (size_t layer = blocks_.size(); layer-- > 0;) backward_block(blocks_[layer], int(layer));
+    reference::embedding_backward({.tokens = inputs, .dout = dresidual_.data(), .dwte = grad(list_.wte), .dwpe = grad(list_.wpe),
+                                   .B = options_.micro_batch, .T = options_.seq_len, .C = options_.model.dim});
+}
+
+// dresidual_: gradient of the block's output on entry, of its input on return.
+void ReferenceEngine::backward_block(Block& b, int layer) {
+    const BlockParameters& p = list_.blocks[size_t(layer)];
+    const ModelSpec& m = options_.model;
+    linear_backward(b.fc2, {p.fc2_weight, p.fc2_bias}, b.activation, dresidual_, dhidden_);
+    reference::gelu_backward(b.pre_activation.data(), dhidden_.data(), dhidden_.data(), int64_t(dhidden_.size()));
+    store(dhidden_);
+    linear_backward(b.fc1, {p.fc1_weight, p.fc1_bias}, b.y2, dhidden_, dbranch_);
+    norm_backward(b.x2, b.norm2, {p.ln2_weight, p.ln2_bias}, true);
+
+    linear_backward(b.proj, {p.proj_weight, p.proj_bias}, b.attention_out, dresidual_, dbranch_);
+    reference::attention_backward({.shape = {options_.micro_batch, options_.seq_len, m.n_heads, m.head_dim()},
+                                   .qkv = b.qkv_out.data(), .out = b.attention_out.data(), .dout = dbranch_.data(),
+                                   .lse = b.lse.data(), .dqkv = dqkv_.data()});
+    store(dqkv_);
+    linear_backward(b.qkv, {p.qkv_weight, p.qkv_bias}, b.y1, dqkv_, dbranch_);
+    norm_backward(b.x1, b.norm1, {p.ln1_weight, p.ln1_bias}, true);
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> make_reference_engine(const EngineOptions& options) {
+    return std::make_unique<ReferenceEngine>(options);
+}

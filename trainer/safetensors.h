@@ -1,0 +1,71 @@
+// The safetensors format: 8 bytes length of header, JSON header, tensors back to back. Little-endian, row-major.
+// https://huggingface.co/docs/safetensors (format section)
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct TensorEntry {
+    std::string name;
+    std::string dtype;           // as in the file: "F32", "BF16", ...
+    std::vector<int64_t> shape;  // empty: a scalar
+    uint64_t begin, end;         // bytes, from the start of the data
+
+    int64_t count() const;
+};
+std::string format_shape(std::span<const int64_t> shape);  // (768, 2304)
+
+// A mapped file. The constructor validates every length and offset, so that reading can't leave the file; tensors must
+// cover the data without gap or overlap, as the format demands.
+class SafetensorsReader {
+  public:
+    explicit SafetensorsReader(std::string path);
+    ~SafetensorsReader();
+    SafetensorsReader(const SafetensorsReader&) = delete;
+    SafetensorsReader& operator=(const SafetensorsReader&) = delete;
+
+    const std::string& path() const { return path_; }
+    const std::vector<TensorEntry>& tensors() const { return tensors_; }  // in the order of their data
+    const TensorEntry* find(const std::string& name) const;               // nullptr if there is none
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+    std::span<const std::byte> bytes(const TensorEntry& tensor) const;
+    void read(const TensorEntry& tensor, float* out) const;  // F32 or BF16, else Error; all of count() elements
+
+  private:
+    void parse_header();
+
+    std::string path_;
+    const std::byte* map_ = nullptr;
+    size_t size_ = 0, data_offset_ = 0;
+    std::vector<TensorEntry> tensors_;
+    std::map<std::string, std::string> metadata_;
+};
+
+// Streams F32 tensors to PATH.tmp: the header from the list, then every tensor in that order, so that no second copy of a
+// model is needed. publish() syncs and renames to PATH; a writer that is destroyed before that leaves nothing behind.
+class SafetensorsWriter {
+  public:
+    using Shape = std::vector<int64_t>;
+    SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors);
+    ~SafetensorsWriter();
+    SafetensorsWriter(const SafetensorsWriter&) = delete;
+    SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
+
+    void append(const std::string& name, std::span<const float> values);  // the next one of the list
+    void publish();
+
+  private:
+    void write_all(const void* data, size_t bytes);
+    std::string temporary() const { return path_ + ".tmp"; }
+
+    std::string path_;
+    std::vector<std::pair<std::string, int64_t>> expected_;  // name, elements
+    size_t next_ = 0;
+    int file_ = -1;
+    bool published_ = false;
+};
