@@ -230,26 +230,21 @@ void ReferenceEngine::enqueue_step(const StepInputs& in, std::span<const int> in
 
 StepResult ReferenceEngine::collect() {
     REQUIRE(!finished_.empty(), "collect: no step was enqueued");
-    const StepResult state = finished_.front();
+    const StepResult result = finished_.front();
     finished_.pop_front();
-    return state;
+    return result;
 }
 
 std::vector<float> ReferenceEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
-    const StepState before = state_;
     state_.in = in;
-    forward_backward(inputs, targets);
-    state_ = before;
+    forward_backward(inputs, targets);  // what it leaves in state_, the next step overwrites
     return grads_;
 }
 
 double ReferenceEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
     check_tokens(inputs, targets, 1);
-    const StepState before = state_;  // the forward pass may raise its non-finite flag
-    forward(inputs.data());
-    const double sum = head(targets.data(), Gradient::no);
-    state_ = before;
-    return sum;
+    forward(inputs.data());  // may raise the non-finite flag, which the next step clears
+    return head(targets.data(), Gradient::no);
 }
 
 void ReferenceEngine::forward_backward(std::span<const int> inputs, std::span<const int> targets) {

@@ -1,7 +1,6 @@
 #include "trainer/reference/ops.h"
 
 #include <cmath>
-#include <vector>
 
 #include "trainer/reference/parallel.h"
 

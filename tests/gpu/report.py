@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""The committed record of what ran on a GPU: one file a dev program or system test, tests/gpu_report/NAME.json.
+
+    report.py [NAME...]      run these (default: all but the long ones) on this machine's GPU and write their files
+    report.py --stale-only   just those whose file is missing or older than the sources it covers
+    report.py --check        run nothing: list stale and missing files, exit status 1 if there is one
+    report.py --list         names, and the commands behind them
+
+Each file holds the hash of every source file that the result depends on: the include closure of the objects that are
+linked (the compiler's .d files), for Python tests also the scripts. Without a build (a fresh clone), --check takes the
+list of sources from the file itself. The Makefile is not among them. Needs nothing but Python's standard library.
+"""
+import argparse
+import ctypes
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
+FOLDER = ROOT / "tests/gpu_report"
+NO_GPU = 77
+OUTSIDE = ("build/", "deps/", "/")  # not of this repository
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What there is to report
+
+
+class Entry:
+    """`commands`: argument lists; each gets --json FILE and writes {"tests": [...], "bench": [...]} there."""
+
+    def __init__(self, name, commands, objects, scripts=(), long=False):
+        self.name, self.commands, self.objects, self.scripts, self.long = name, commands, objects, scripts, long
+
+    @property
+    def path(self):
+        return FOLDER / f"{self.name}.json"
+
+
+def python_test(script, *arguments):
+    return [sys.executable, str(ROOT / "tests/gpu" / script), *arguments]
+
+
+def train_command(model, recipe, micro_batch, tokens, *more):
+    return [str(BUILD / "dev/profile"), "--model", model, "--recipe", recipe, "--micro-batch", str(micro_batch),
+            "--global-batch-tokens", str(tokens), *more]
+
+
+def library_objects():
+    """Everything that the trainer links, as paths of .d files relative to the build folder without suffix."""
+    sources = [p for folder in ("kernels", "kernels/common", "trainer", "trainer/reference", "data") for p in (ROOT / folder).glob("*.c*")]
+    return sorted(str(p.relative_to(ROOT).with_suffix("")) for p in sources if p.suffix in (".cu", ".cpp") and p.name != "prepare.cpp")
+
+
+def entries():
+    found = []
+    for source in sorted((ROOT / "dev").glob("*.cu")):
+        if "run_dev_program(" not in source.read_text():
+            continue  # a tool
+        own = [f"dev/{source.stem}", "dev/harness"]
+        kernel = [f"kernels/{source.stem}", "trainer/reference/quantizer"]
+        linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
+        found.append(Entry(source.stem, [[str(BUILD / "dev" / source.stem)]], own + linked))
+    library = library_objects()
+    found.append(Entry("gradients", [python_test("gradients.py")], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
+    found.append(Entry("train", [train_command("gpt2-124M", recipe, 64, 524288) for recipe in ("bf16", "tensorwise")]
+                       + [train_command("gpt2-1558M", recipe, 16, 131072) for recipe in ("bf16", "tensorwise")],
+                       ["dev/profile"] + library))
+    shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
+    found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
+                       ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "tests/gpu/plot.py"], long=True))
+    return {entry.name: entry for entry in found}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources and their hashes
+
+
+def dependencies(d_file):
+    """Files named in a compiler's dependency file, relative to the repository, those of other places left out."""
+    text = d_file.read_text().replace("\\\n", " ")
+    words = [word for line in text.splitlines() for word in re.split(r"(?<!\\)\s+", line.split(":", 1)[-1]) if word]
+    inside = set()
+    for word in words:
+        path = os.path.relpath(os.path.join(ROOT, word.replace("\\ ", " ")), ROOT)
+        if not path.startswith((*OUTSIDE, "..")):
+            inside.add(path)
+    return inside
+
+
+def closure(entry):
+    """The sources of an entry, or None where an object has not been built."""
+    sources = set(entry.scripts)
+    for name in entry.objects:
+        d_file = BUILD / f"{name}.d"
+        if not d_file.exists():
+            return None
+        sources |= dependencies(d_file)
+    return sorted(sources)
+
+
+def hashes(sources):
+    """{path: sha256}; a file that is gone has the hash "missing"."""
+    return {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() if (ROOT / name).is_file() else "missing" for name in sources}
+
+
+def combined(table):
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(table.items())).encode()).hexdigest()
+
+
+def staleness(entry):
+    """"" when the file is up to date, else why not."""
+    if not entry.path.exists():
+        return "missing"
+    report = json.loads(entry.path.read_text())
+    recorded = report["sources"]
+    now = hashes(closure(entry) or recorded)
+    if combined(now) == report["sources_sha256"]:
+        return ""
+    changed = sorted(name for name in now.keys() | recorded.keys() if now.get(name) != recorded.get(name))
+    return "changed: " + ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def output_of(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def cublaslt_version():
+    for name in ("libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12", "/usr/local/cuda/lib64/libcublasLt.so"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.cublasLtGetVersion.restype = ctypes.c_size_t
+        version = library.cublasLtGetVersion()
+        return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    return "unknown"
+
+
+def machine():
+    device, _, driver = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0").partition(", ")
+    nvcc = output_of(os.environ.get("CUDA", "/usr/local/cuda") + "/bin/nvcc", "--version")
+    release = re.search(r"release ([\d.]+), V([\d.]+)", nvcc)
+    return {"device": device, "driver": driver, "cuda": release[2] if release else "unknown", "cublaslt": cublaslt_version(), "nccl": None}
+
+
+def relative_command(command):
+    return " ".join(word.replace(str(ROOT) + "/", "").replace(sys.executable, "python3") for word in command)
+
+
+def run(entry, header):
+    """Writes the entry's file. Returns True if everything passed."""
+    before = closure(entry)
+    if before is None:
+        print(f"{entry.name}: not built; `make` and `make dev` first")
+        return False
+    tests, bench = [], []
+    for command in entry.commands:
+        print(f"{entry.name}: {relative_command(command)}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            results = pathlib.Path(folder) / "results.json"
+            status = subprocess.run([*command, "--json", str(results)], cwd=ROOT).returncode
+            if status == NO_GPU:
+                print(f"{entry.name}: no GPU, nothing written")
+                return False
+            part = json.loads(results.read_text()) if results.exists() else {"tests": [], "bench": []}
+        tests += part["tests"]
+        bench += part["bench"]
+        if status != 0 and all(test["status"] != "fail" for test in part["tests"]):
+            tests.append({"name": relative_command(command), "status": "fail", "figure": f"exit status {status}"})
+    for row in bench:
+        row["command"] = row.get("command", "").replace(str(ROOT) + "/", "")
+    sources = hashes(before)
+    report = {"name": entry.name, "sources": sources, "sources_sha256": combined(sources), **header,
+              "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "tests": tests, "bench": bench}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    temporary = entry.path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.rename(entry.path)
+    failed = sum(test["status"] == "fail" for test in tests)
+    print(f"{entry.name}: {len(tests)} tests, {failed} failed, {len(bench)} benchmarks -> {entry.path.relative_to(ROOT)}", flush=True)
+    return failed == 0
+
+
+def check(chosen):
+    outdated = 0
+    for entry in chosen:
+        reason = staleness(entry)
+        failed = [] if reason else [t["name"] for t in json.loads(entry.path.read_text())["tests"] if t["status"] == "fail"]
+        outdated += bool(reason or failed)
+        print(f"{entry.name}: {reason or ('FAILED: ' + ', '.join(failed[:5]) if failed else 'up to date')}")
+    known = {entry.path.name for entry in entries().values()}
+    for path in sorted(FOLDER.glob("*.json")):
+        if path.name not in known:
+            outdated += 1
+            print(f"{path.stem}: nothing makes this file any more")
+    print(f"{outdated} to be renewed" if outdated else "all up to date")
+    return 1 if outdated else 0
+
+
+def main():
+    global BUILD
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--stale-only", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--build", default=str(BUILD), help="the build folder")
+    arguments = parser.parse_args()
+    BUILD = ROOT / arguments.build
+    os.environ["TRAIN_GPT_BUILD"] = str(BUILD)  # for the scripts that are run
+    table = entries()
+    unknown = [name for name in arguments.names if name not in table]
+    if unknown:
+        parser.error(f"no such report: {', '.join(unknown)}; there are {', '.join(table)}")
+    chosen = [table[name] for name in arguments.names] or [e for e in table.values() if arguments.check or arguments.list or not e.long]
+    if arguments.list:
+        for entry in chosen:
+            print("\n".join(f"{entry.name}: {relative_command(command)}" for command in entry.commands))
+        return 0
+    if arguments.check:
+        return check(chosen)
+    if arguments.stale_only:
+        chosen = [entry for entry in chosen if staleness(entry)]
+    header = machine()
+    if not header["device"]:
+        print("no GPU: nothing to run")
+        return NO_GPU
+    return 0 if all([run(entry, header) for entry in chosen]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
