@@ -47,7 +47,8 @@ $(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
 # Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, any
 # other dev program gets everything.
 DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o
-$(BUILD)/dev/profile: LDLIBS += -L$(CUDA)/extras/CUPTI/lib64 -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64 -lcupti
+$(BUILD)/dev/profile.o: NVCCFLAGS += -isystem $(CUDA)/extras/CUPTI/include
+$(BUILD)/dev/profile: LDLIBS += -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64
 .SECONDEXPANSION:
 $(BUILD)/dev/%: $(BUILD)/dev/%.o $(DEV_COMMON) \
         $$(if $$(wildcard kernels/$$*.cu),$(BUILD)/kernels/$$*.o,$(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS))
@@ -99,6 +100,8 @@ run: all shards/cuda_headers/meta.json
 # Proof
 
 .PHONY: test layers gpu-report gpu-report-check learning mutants
+# libgomp's threads spin at barriers by default, which is ruinous when another program holds a core.
+test run: export OMP_WAIT_POLICY ?= passive
 test: all dev host-tests shards/cuda_headers/meta.json
 	$(PYTHON) tests/run_tests.py --build $(BUILD)
 layers:
@@ -106,6 +109,10 @@ layers:
 # On a machine with a GPU; STALE=1 remakes only what does not match the sources any more.
 gpu-report: all dev
 	$(PYTHON) tests/gpu/report.py --build $(BUILD) $(if $(STALE),--stale-only) $(NAMES)
+# The long one: three runs of GPT-2 124M and PyTorch's, on shards of GPT-2 tokens (tests/gpu/README.md).
+SHARDS ?= shards/code_gpt2
+learning: all dev
+	LEARNING_SHARDS=$(SHARDS) $(PYTHON) tests/gpu/report.py --build $(BUILD) learning
 gpu-report-check:
 	@$(PYTHON) tests/gpu/report.py --build $(BUILD) --check
 mutants: all

@@ -140,14 +140,6 @@ double norm_of(const std::vector<float>& x) {
 // differently, errors of 2^-9 would add up like independent ones to this.
 double bf16_tolerance(const ModelSpec& m) { return std::ldexp(1.0, -9) * std::sqrt(2.0 * 12 * (m.n_layers + 1)); }
 
-// In FP8, a difference d moves a value across a rounding boundary of spacing D with probability d / D, so its root mean
-// square becomes sqrt(d * D). With d = 2^-8 everywhere and a block's 4 operands of D = 2^-4 (E4M3) and 4 of 2^-2 (E5M2).
-double tolerance(const EngineOptions& o) {
-    const double bf16 = bf16_tolerance(o.model);
-    if (!o.recipe.quantizes()) return bf16;
-    return std::sqrt(bf16 * bf16 + 4.0 * o.model.n_layers * (std::ldexp(1.0, -12) + std::ldexp(1.0, -10)));
-}
-
 // When scales differ, so do all roundings: two independent errors of at most 2^-3 / sqrt(12) (E4M3) and 2^-2 / sqrt(12)
 // (E5M2) for each of a block's 4 inputs and 4 gradients.
 double requantized_tolerance(const EngineOptions& o) {
@@ -244,23 +236,47 @@ void expect_same(Report& report, const std::string& name, const Setup& s, const 
 // ---------------------------------------------------------------------------------------------------------------------
 // GPU against reference
 
+// How far two correct engines may be apart is a property of the model: a sum in another order moves a value across a
+// rounding boundary, FP8 turns that into a step of up to 2^-2, softmax and depth amplify it. So the bound is measured on
+// the reference itself: twice the most that its gradients move when its weights are nudged by 1e-5, which changes
+// roundings and nothing else. (Nudges of 1e-7 give nearly the same; larger ones, of 2e-3, twice as much.)
+double tolerance(const Setup& s) {
+    const auto cpu = make_reference_engine(s.options);
+    const Batch& b = s.batches[0];
+    cpu->load(s.state);
+    const std::vector<float> exact = cpu->gradients(s.inputs(0), b.inputs, b.targets);
+    double most = bf16_tolerance(s.options.model);
+    for (int nudge = 0; nudge < 3; ++nudge) {
+        TrainState nudged = s.state;
+        const std::vector<float> noise = random_normal(nudged.params.size(), 1e-5f);
+        for (size_t i = 0; i < noise.size(); ++i) nudged.params[i] *= 1 + noise[i];
+        cpu->load(nudged);
+        most = std::max(most, 2 * worst_tile(s.list, cpu->gradients(s.inputs(0), b.inputs, b.targets), exact).relative);
+    }
+    return most;
+}
+
 void match_reference(Report& report, const Shape& shape, const std::string& recipe) {
     const Setup s = make_setup(shape, recipe, 1);
     const auto gpu = make_gpu_engine(s.options), cpu = make_reference_engine(s.options);
     gpu->load(s.state);
     cpu->load(s.state);
     const Batch& b = s.batches[0];
+    const double bound = tolerance(s);
     expect_close(report, "gradients", s.text,
                  worst_tile(s.list, gpu->gradients(s.inputs(0), b.inputs, b.targets), cpu->gradients(s.inputs(0), b.inputs, b.targets)),
-                 tolerance(s.options));
-    // A logit of standard deviation about 1 is off by `tolerance`; the mean over the tokens evens most of that out.
-    expect_value(report, "loss", s.text, mean_loss(*gpu, s, b), mean_loss(*cpu, s, b), 0.1 * tolerance(s.options));
+                 bound);
+    // A logit of standard deviation about 1 is off by the bound; the mean over the tokens evens most of that out.
+    expect_value(report, "loss", s.text, mean_loss(*gpu, s, b), mean_loss(*cpu, s, b), 0.1 * bound);
 }
 
 // FP8 must mean these FP8 formats: the GPU's gradients are much nearer to the reference's FP8 ones than BF16 ones are.
+// With T = 1 there is no softmax to amplify a changed rounding, so "much nearer" can be asked for.
 void follow_recipe(Report& report) {
     Shape shape = kSmall;
     shape.layers = 1;
+    shape.T = 1;
+    shape.B = 64;
     Setup s = make_setup(shape, "tensorwise", 1);
     const Batch& b = s.batches[0];
     const auto gradients = [&](Engine& engine) {
@@ -276,7 +292,7 @@ void follow_recipe(Report& report) {
         return norm_of(d) / norm_of(fp8);
     };
     const double off = distance(gpu), quantization = distance(bf16);
-    report.expect("follows the recipe", s.text, off <= 0.6 * quantization && quantization > 0.01,
+    report.expect("follows the recipe", s.text, off <= 0.5 * quantization && quantization > 0.01,
                   message("GPU is %.1e from the FP8 reference, BF16 is %.1e", off, quantization));
 }
 
@@ -292,7 +308,7 @@ void steps_match(Report& report, const std::string& recipe) {
     const auto gpu = make_gpu_engine(s.options), cpu = make_reference_engine(s.options);
     const Outcome a = train(*gpu, s), b = train(*cpu, s);
 
-    const double g = tolerance(s.options);
+    const double g = tolerance(s);
     for (size_t i = 0; i < a.steps.size(); ++i) {
         const StepState& step = a.steps[i];
         const std::string text = message("%s step %zu", s.text.c_str(), i);
@@ -335,7 +351,7 @@ void masked(Report& report, const std::string& recipe) {
     cpu->load(s.state);
     expect_close(report, "masked micro-batch", s.text,
                  worst_tile(s.list, gpu->gradients(s.inputs(0), b.inputs, b.targets), cpu->gradients(s.inputs(0), b.inputs, b.targets)),
-                 tolerance(s.options));
+                 tolerance(s));
     std::fill(b.targets.begin(), b.targets.end(), -1);
     const double norm = norm_of(gpu->gradients(s.inputs(0), b.inputs, b.targets));
     report.expect("everything masked", s.text, norm == 0, message("gradient norm %g", norm));
@@ -351,7 +367,7 @@ void confident(Report& report) {
     cpu->load(s.state);
     const Batch& b = s.batches[0];
     const double loss = mean_loss(*gpu, s, b);
-    expect_value(report, "confident and wrong: loss", s.text, loss, mean_loss(*cpu, s, b), tolerance(s.options));
+    expect_value(report, "confident and wrong: loss", s.text, loss, mean_loss(*cpu, s, b), tolerance(s));
     const double norm = norm_of(gpu->gradients(s.inputs(0), b.inputs, b.targets));
     report.expect("confident and wrong: finite", s.text, std::isfinite(norm) && loss > 100, message("loss %.1f, gradient norm %g", loss, norm));
 }

@@ -9,6 +9,7 @@
 // longer, because tracing spreads short kernels.
 #include <cupti.h>
 #include <cxxabi.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <chrono>
@@ -112,13 +113,28 @@ struct Activity {
     uint64_t start_ns, end_ns;
 };
 
+// CUPTI is loaded when it is needed: a toolkit without it still builds and runs everything else.
+template <class Function>
+Function* cupti_function(const char* name) {
+    static void* const library = [] {
+        for (const char* file : {"libcupti.so.13", "libcupti.so.12", "libcupti.so"})
+            if (void* handle = dlopen(file, RTLD_NOW)) return handle;
+        return static_cast<void*>(nullptr);
+    }();
+    REQUIRE(library != nullptr, "tracing needs CUPTI (libcupti.so of the CUDA Toolkit on LD_LIBRARY_PATH); --profile-steps 0 does without");
+    void* function = dlsym(library, name);
+    REQUIRE(function != nullptr, "this CUPTI has no %s", name);
+    return reinterpret_cast<Function*>(function);
+}
+#define CUPTI(name) cupti_function<decltype(name)>(#name)
+
 void cupti_check(CUptiResult status, const char* call) {
     if (status == CUPTI_SUCCESS) return;
     const char* text = nullptr;
-    cuptiGetResultString(status, &text);
+    CUPTI(cuptiGetResultString)(status, &text);
     throw Error(message("%s: %s", call, text ? text : "unknown error"));
 }
-#define CUPTI_CHECK(call) cupti_check(call, #call)
+#define CUPTI_CHECK(name, ...) cupti_check(CUPTI(name)(__VA_ARGS__), #name)
 
 // Filled by CUPTI's own thread; read after trace_stop().
 std::mutex trace_mutex;
@@ -163,23 +179,23 @@ void CUPTIAPI give_buffer(uint8_t** buffer, size_t* size, size_t* max_records) {
 void CUPTIAPI take_buffer(CUcontext context, uint32_t stream, uint8_t* buffer, size_t, size_t valid) {
     const std::lock_guard lock(trace_mutex);
     CUpti_Activity* record = nullptr;
-    while (valid > 0 && cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) keep_record(record);
+    while (valid > 0 && CUPTI(cuptiActivityGetNextRecord)(buffer, valid, &record) == CUPTI_SUCCESS) keep_record(record);
     size_t dropped = 0;
-    if (cuptiActivityGetNumDroppedRecords(context, stream, &dropped) == CUPTI_SUCCESS) trace_dropped += dropped;
+    if (CUPTI(cuptiActivityGetNumDroppedRecords)(context, stream, &dropped) == CUPTI_SUCCESS) trace_dropped += dropped;
     std::free(buffer);
 }
 
 constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET};
 
 void trace_start() {
-    CUPTI_CHECK(cuptiActivityRegisterCallbacks(give_buffer, take_buffer));
-    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityEnable(kind));
+    CUPTI_CHECK(cuptiActivityRegisterCallbacks, give_buffer, take_buffer);
+    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityEnable, kind);
 }
 
 // What has been recorded since the last call.
 std::vector<Activity> trace_take() {
     CUDA_CHECK(cudaDeviceSynchronize());
-    CUPTI_CHECK(cuptiActivityFlushAll(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED));
+    CUPTI_CHECK(cuptiActivityFlushAll, CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
     const std::lock_guard lock(trace_mutex);
     REQUIRE(trace_dropped == 0, "the profiler dropped %zu records", trace_dropped);
     return std::exchange(trace_records, {});
@@ -224,7 +240,7 @@ Profile trace(const Config& config, const TrainState& state, int64_t steps) {
     trace_take();
     runner.steps(steps);
     Profile profile = summarize(trace_take(), double(steps));
-    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityDisable(kind));
+    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityDisable, kind);
     return profile;
 }
 
