@@ -10,7 +10,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "shards" / "cuda_headers"
 TINY = ["--model", "tiny", "--device", "cpu", "--micro-batch", "4", "--global-batch-tokens", "512", "--train", str(SHARDS), "--val", str(SHARDS),
-        "--eval-every", "4", "--eval-batches", "2", "--lr", "1e-3", "--warmup-steps", "2"]
+        "--eval-every", "4", "--eval-batches", "2", "--lr", "1e-3", "--warmup-steps", "1"]
 
 
 def program():

@@ -39,8 +39,8 @@ def run(command, timeout_s=1200):
 def host_tests(build, tally):
     for program in sorted(p for p in (build / "tests" / "host").iterdir() if p.suffix == ""):
         status, output = run([str(program), "--gtest_brief=1"])
-        counts = {word: int(n) for word, n in re.findall(r"\[\s+(PASSED|SKIPPED|FAILED)\s+\] (\d+) test", output.replace("\r", ""))}
-        failed = counts.get("FAILED", 0)
+        counts = {word: int(n) for word, n in re.findall(r"\[\s+(PASSED|SKIPPED)\s+\] (\d+) test", output)}
+        failed = len(re.findall(r"^\[  FAILED  \] \S+ \(\d+ ms\)", output, re.M))
         if status != 0 and failed == 0:
             failed = 1  # it crashed
         tally.add(counts.get("PASSED", 0), failed, counts.get("SKIPPED", 0))

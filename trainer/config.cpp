@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <ctime>
 #include <limits>
+#include <set>
+#include <vector>
 
 #include "kernels/common/check.h"
 #include "trainer/recipe.h"
@@ -245,6 +247,23 @@ struct TomlWriter {
     }
 };
 
+// The command line's words in reverse, as CLI11 wants them, where a repeated flag counts only with its last value: so
+// that a script's defaults can be overridden by what is appended. (CLI11's own policy would accept lists in files too.)
+std::vector<std::string> last_of_repeated(int argc, char** argv) {
+    std::vector<std::vector<std::string>> groups;  // a flag and the words up to the next one
+    for (int i = 1; i < argc; ++i) {
+        const std::string word = argv[i];
+        if (groups.empty() || word.starts_with("--")) groups.emplace_back();
+        groups.back().push_back(word);
+    }
+    const auto flag = [](const std::vector<std::string>& group) { return group[0].substr(0, group[0].find('=')); };
+    std::vector<std::string> words;
+    std::set<std::string> seen;
+    for (auto group = groups.rbegin(); group != groups.rend(); ++group)
+        if (!group->at(0).starts_with("--") || seen.insert(flag(*group)).second) words.insert(words.end(), group->rbegin(), group->rend());
+    return words;
+}
+
 }  // namespace
 
 ModelSpec Config::model_spec() const {
@@ -272,13 +291,12 @@ Config parse_config(int argc, char** argv) {
     Config config;
     config.gemm_cache = default_gemm_cache();
     CLI::App app("Trains GPT models in FP8.", "train_gpt_fp8");
-    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     app.set_help_flag("--help", "print this and exit");
     app.set_config("--config", "", "TOML file of these options without the dashes; the command line wins");
     app.allow_config_extras(CLI::config_extras_mode::error);
     for_each_option(config, CommandLineBuilder{app});
     try {
-        app.parse(argc, argv);
+        app.parse(last_of_repeated(argc, argv));
     } catch (const CLI::CallForHelp& help) {
         std::exit(app.exit(help));
     } catch (const CLI::ConfigError& error) {
