@@ -5,7 +5,7 @@
 //                       over micro-batches (llm.c), loss divided by one micro-batch's valid tokens, classifier's tail at
 //                       odd vocabularies (llm.c), missing causal mask or score scale, a tied gradient added once only,
 //                       T below the context length, padded rows that take part, a second head chunk forgotten
-//   follow_recipe       recipe ignored, E4M3 and E5M2 swapped, a scale inverted or of another tensor
+//   (dev/linear.cu)     recipe ignored, E4M3 and E5M2 swapped, a scale inverted or of another tensor
 //   steps_match         clipping by the squared norm (llmq), moments fed unclipped gradients, bias correction with the
 //                       wrong t, weight decay of norms and biases, epsilon inside the root
 //   repeat, eager       races, float atomics, a pointer or scalar frozen in the captured graph, GEMMs picked by timing
@@ -270,32 +270,6 @@ void match_reference(Report& report, const Shape& shape, const std::string& reci
     expect_value(report, "loss", s.text, mean_loss(*gpu, s, b), mean_loss(*cpu, s, b), 0.1 * bound);
 }
 
-// FP8 must mean these FP8 formats: the GPU's gradients are much nearer to the reference's FP8 ones than BF16 ones are.
-// With T = 1 there is no softmax to amplify a changed rounding, so "much nearer" can be asked for.
-void follow_recipe(Report& report) {
-    Shape shape = kSmall;
-    shape.layers = 1;
-    shape.T = 1;
-    shape.B = 64;
-    Setup s = make_setup(shape, "tensorwise", 1);
-    const Batch& b = s.batches[0];
-    const auto gradients = [&](Engine& engine) {
-        engine.load(s.state);
-        return engine.gradients(s.inputs(0), b.inputs, b.targets);
-    };
-    const std::vector<float> gpu = gradients(*make_gpu_engine(s.options)), fp8 = gradients(*make_reference_engine(s.options));
-    s.options.recipe = find_recipe("bf16");
-    const std::vector<float> bf16 = gradients(*make_reference_engine(s.options));
-    const auto distance = [&](const std::vector<float>& x) {
-        std::vector<float> d(x.size());
-        for (size_t i = 0; i < x.size(); ++i) d[i] = x[i] - fp8[i];
-        return norm_of(d) / norm_of(fp8);
-    };
-    const double off = distance(gpu), quantization = distance(bf16);
-    report.expect("follows the recipe", s.text, off <= 0.5 * quantization && quantization > 0.01,
-                  message("GPU is %.1e from the FP8 reference, BF16 is %.1e", off, quantization));
-}
-
 // Three steps with active clipping. Adam's epsilon is as large as a typical gradient, so that updates are smooth in the
 // gradients; with the usual tiny one they are signs, and a comparison says little.
 void steps_match(Report& report, const std::string& recipe) {
@@ -527,7 +501,6 @@ void checks(Report& report) {
     nonfinite(report, "tensorwise");
     if (report.small_only) return;
 
-    follow_recipe(report);
     nonfinite(report, "bf16");
     for (const char* recipe : {"bf16", "tensorwise"}) {
         steps_match(report, recipe);

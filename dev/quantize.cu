@@ -349,11 +349,41 @@ void check_weights(Report& report, Dtype format) {
                   q.guards_intact() && qt.guards_intact() && slots.guards_intact() && flag.guards_intact(), "intact");
 }
 
+// Indices beyond 2^31: a matrix of zeros but for its last 16 rows, and only they are looked at.
+void check_beyond_2_to_31(Report& report) {
+    constexpr int kEnd = 16, N = 16, M = (1 << 27) + kEnd;
+    constexpr int64_t n = int64_t(M) * N, end = n - kEnd * N;
+    const std::string shape = shape_text(M, N);
+    const std::vector<bf16> values = to_bf16(random_normal(kEnd * N));
+    const float amax = amax_of(to_float(values));
+    DeviceBuffer<bf16> x{size_t(n)};
+    x.zero();
+    CUDA_CHECK(cudaMemcpy(x.get() + end, values.data(), values.size() * sizeof(bf16), cudaMemcpyHostToDevice));
+    const DeviceBuffer<QuantSlot> slot(std::vector<QuantSlot>{measured_slot(0.0f)});
+    amax_bf16(x.get(), n, slot.get(), nullptr);
+    const DeviceBuffer<uint8_t> q{size_t(n)}, qt{size_t(n)};
+    quantize_activation({.x = x.get(), .q = q.get(), .qt = qt.get(), .dbias = nullptr, .slot = slot.get(),
+                         .nonfinite = nullptr, .workspace = nullptr, .M = M, .N = N, .format = Dtype::e4m3}, nullptr);
+    const cudaError_t status = cudaDeviceSynchronize();
+    report.expect("beyond 2^31 elements: runs", shape, status == cudaSuccess, cudaGetErrorString(status));
+
+    const std::vector<uint8_t> expected = codes_of(values, scale_from_amax(amax, Dtype::e4m3), Dtype::e4m3);
+    std::vector<uint8_t> rows(expected.size()), columns(expected.size());
+    CUDA_CHECK(cudaMemcpy(rows.data(), q.get() + end, rows.size(), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy2D(columns.data(), kEnd, qt.get() + M - kEnd, M, kEnd, N, cudaMemcpyDeviceToHost));
+    const bool slot_right = slot_is_right(slot.download()[0], amax, Dtype::e4m3);
+    report.expect("beyond 2^31 elements: slot, guards", shape,
+                  slot_right && q.guards_intact() && qt.guards_intact(), message("amax %g", double(amax)));
+    report.compare_bits("beyond 2^31 elements: q", shape, rows, expected);
+    report.compare_bits("beyond 2^31 elements: qt", shape, columns, transposed(expected, kEnd, N));
+}
+
 void checks(Report& report) {
     check_every_bf16(report);
     check_shapes(report);
     check_amax(report);
     for (const Dtype format : kFormats) check_weights(report, format);
+    if (!report.small_only) check_beyond_2_to_31(report);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

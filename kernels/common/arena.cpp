@@ -32,6 +32,7 @@ void Arena::allocate() {
     const size_t total = total_bytes();
     REQUIRE(total <= free_bytes, "the run needs %.2f GiB of device memory but %.2f GiB of %.2f are free: lower --micro-batch or choose a smaller model",
             double(total) / (1 << 30), double(free_bytes) / (1 << 30), double(device_bytes) / (1 << 30));
+    if (total == 0) return;
     CUDA_CHECK(cudaMalloc(&base_, total));
     CUDA_CHECK(cudaMemset(base_, 0, total));
     char* next = static_cast<char*>(base_);

@@ -12,6 +12,7 @@
 #include "tests/host/golden_file.h"
 #include "trainer/engine.h"
 #include "trainer/reference/matmul.h"
+#include "trainer/reference/ops.h"
 
 namespace {
 
@@ -292,6 +293,17 @@ TEST(ReferenceMatmul, OddShapesAndLayouts) {
                         ASSERT_LE(std::fabs(d[at] - expected), bound) << M << "x" << N << "x" << K << " at " << m << "," << n;
                     }
             }
+}
+
+// The target's probability, exp(-200), underflows; the logarithm must not be taken of it.
+TEST(ReferenceClassifier, LossOfAnUnlikelyTargetIsFinite) {
+    std::vector<float> logits = {100, -100, 99};
+    const int target = 1;
+    float loss = 0;
+    reference::classifier({.logits = logits.data(), .targets = &target, .losses = &loss, .with_gradient = true,
+                           .gradient_scale = 1, .rows = 1, .V = 3});
+    EXPECT_FLOAT_EQ(loss, 200 + std::log1p(std::exp(-1.0f)));
+    EXPECT_FLOAT_EQ(logits[1], -1);
 }
 
 TEST_P(EveryRecipe, ThreadCountChangesNoBit) {
