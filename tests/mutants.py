@@ -93,7 +93,7 @@ MUTANTS = [
            "p.losses[row] = -std::log(std::exp(logits[target] - lse));",
            "tests/host/test_reference", "ReferenceClassifier.LossOfAnUnlikelyTargetIsFinite"),
     Mutant("reference_e5m2_scaled_to_448", "llmq quant.cu: E5M2 is scaled to E4M3's limit",
-           "trainer/reference/quantizer.cpp", "double(fp8_max(format)) / clamped", "double(kE4M3Max) / clamped",
+           "trainer/reference/quantizer.cpp", "double(fp8_max(format)) / clamped", "double(std::min(kE4M3Max, fp8_max(format))) / clamped",
            "tests/host/test_quantizer", "QuantizerAgainstTorch.TensorwiseScalesAndCodes"),
     # ------------------------------------------------------------------------------------------------------------------
     # GPU
@@ -240,7 +240,7 @@ def unpack(source, folder):
 
 def failed_tests(output):
     """Names of GoogleTest, also of a test that crashed; of dev programs what stands before the figure."""
-    failed = re.findall(r"^\[  FAILED  \] ([^\s,]+)", output, re.M)
+    failed = re.findall(r"^\[  FAILED  \] ([A-Za-z][^\s,]+)", output, re.M)
     failed += [line.split(" | ")[0] + " " for line in output.splitlines() if line.endswith("| FAIL")]
     ran = re.findall(r"^\[ RUN      \] (\S+)", output, re.M)
     if ran and not re.search(r"^\[==========\] .* ran\.", output, re.M):
@@ -271,12 +271,14 @@ def verdict(mutant, status, output):
 
 
 class Results:
+    WORDS = {"pass": "ok", "fail": "FAIL", "skip": "skipped"}
+
     def __init__(self):
         self.tests = []
 
     def add(self, name, status, figure):
         self.tests.append({"name": name, "status": status, "figure": figure})
-        print(f"{name}: {dict(pass_='ok', fail_='FAIL', skip_='skipped')[status + '_']}: {figure}", flush=True)
+        print(f"{name}: {self.WORDS[status]}: {figure}", flush=True)
 
     def original(self, program, arguments, status, output):
         skipped = status == NO_GPU

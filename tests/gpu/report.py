@@ -70,8 +70,12 @@ def entries():
     library = library_objects()
     found.append(Entry("gradients", [python_test("gradients.py")], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
     found.append(Entry("train", [train_command("gpt2-124M", recipe, 64, 524288) for recipe in ("bf16", "tensorwise")]
+                       + [train_command("gpt2-124M", "tensorwise", 64, 524288, "--deterministic")]
                        + [train_command("gpt2-1558M", recipe, 16, 131072) for recipe in ("bf16", "tensorwise")],
                        ["dev/profile"] + library))
+    found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
+    checked = sorted({name for entry in found if len(entry.commands) == 1 and entry.commands[0][0].startswith(str(BUILD / "dev")) for name in entry.objects})
+    found.append(Entry("sanitizer", [python_test("sanitize.py")], checked, ["tests/gpu/sanitize.py"], long=True))
     shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "tests/gpu/plot.py"], long=True))
