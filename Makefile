@@ -34,10 +34,13 @@ HOST_TESTS := $(patsubst %.cpp,$(BUILD)/%,$(wildcard tests/host/*.cpp))
 .PHONY: all
 all: train_gpt_fp8 data/prepare
 
-train_gpt_fp8: $(BUILD)/train_gpt_fp8
-	@ln -sf $< $@
-data/prepare: $(BUILD)/data/prepare
-	@ln -sf ../$< $@
+# Links to the build of this ARCH. make follows a link and would think the one to another ARCH up to date: hence `links`.
+train_gpt_fp8: $(BUILD)/train_gpt_fp8 links
+	@[ "$$(readlink $@)" = "$<" ] || ln -sf $< $@
+data/prepare: $(BUILD)/data/prepare links
+	@[ "$$(readlink $@)" = "../$<" ] || ln -sf ../$< $@
+.PHONY: links
+links:
 
 $(BUILD)/train_gpt_fp8: $(BUILD)/train_gpt_fp8.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS)

@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdio>
 #include <deque>
+#include <filesystem>
 #include <memory>
 #include <vector>
 
@@ -58,9 +59,19 @@ struct StartPoint {
     std::string resumed_from;  // folder, "" for a fresh start
 };
 
-StartPoint start_point(const Config& config, const ParameterList& list) {
+// A folder belongs to one run: its log and checkpoints are never mixed with another's.
+void require_own_folder(const Config& config, const std::string& resumed_from) {
+    namespace fs = std::filesystem;
+    const bool used = fs::exists(fs::path(config.out) / "log.jsonl");
+    const bool own = !resumed_from.empty() && fs::weakly_canonical(fs::path(resumed_from) / "..") == fs::weakly_canonical(config.out);
+    REQUIRE(!used || own || config.resume == "auto", "--out %s: holds the log.jsonl of another run; continue it with --resume auto, or choose another folder",
+            config.out.c_str());
+}
+
+StartPoint start_point(const Config& config, const ParameterList& list, const DataLoader& train) {
     std::string path = config.resume;
     if (path == "auto") path = find_latest(config.out);
+    require_own_folder(config, path);
     if (path.empty()) return {initial_state(list, config.model_spec(), config.seed), ""};
     Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec());
     // The data order is a function of seed, step and batch: another one would repeat and skip text without a word.
@@ -68,16 +79,20 @@ StartPoint start_point(const Config& config, const ParameterList& list) {
             (unsigned long long)config.seed, path.c_str(), (unsigned long long)checkpoint.info.seed);
     REQUIRE(checkpoint.info.tokens_per_step == config.global_batch_tokens, "--global-batch-tokens %lld: checkpoint %s was trained with %lld",
             (long long)config.global_batch_tokens, path.c_str(), (long long)checkpoint.info.tokens_per_step);
+    REQUIRE(checkpoint.info.samples_per_epoch == train.samples_per_epoch(), "--train %s: has %lld samples an epoch; checkpoint %s was trained on other data, with %lld",
+            config.train.c_str(), (long long)train.samples_per_epoch(), path.c_str(), (long long)checkpoint.info.samples_per_epoch);
+    REQUIRE(checkpoint.state.step < config.steps, "--steps %lld: checkpoint %s has finished %lld steps: nothing to do", (long long)config.steps,
+            path.c_str(), (long long)checkpoint.state.step);
     if (checkpoint.info.recipe != config.recipe)
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
     return {std::move(checkpoint.state), path};
 }
 
-CheckpointInfo checkpoint_info(const Config& config, const Engine& engine) {
+CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train) {
     std::string choices;
     for (const std::string& line : engine.gemm_choices()) choices += line + "\n";
     return {.model = config.model_spec(), .recipe = config.recipe, .seed = config.seed,
-            .tokens_per_step = config.global_batch_tokens, .config_toml = to_toml(config), .gemm_choices = choices};
+            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .config_toml = to_toml(config), .gemm_choices = choices};
 }
 
 void print_start(const Config& config, const Engine& engine, const ParameterList& list, const DataLoader& train, const StartPoint& start) {
@@ -107,7 +122,8 @@ class Validation {
         if (config.val.empty() || config.eval_every == 0) return;
         loader_ = std::make_unique<DataLoader>(DataLoaderOptions{.shards = find_shards(config.val, "val"), .seq_len = T_, .samples_per_step = B_,
                                                                  .shuffle = false, .vocab_size = config.model_spec().vocab_size});
-        samples_ = std::min(loader_->samples_per_epoch(), config.eval_batches * B_);
+        const int64_t all_batches = (loader_->samples_per_epoch() + B_ - 1) / B_;
+        samples_ = std::min(loader_->samples_per_epoch(), std::min(config.eval_batches, all_batches) * B_);
     }
     explicit operator bool() const { return loader_ != nullptr; }
 
@@ -155,9 +171,10 @@ class Training {
             if (checkpoint) save(state, step);
         }
         while (!pending_.empty()) finish_one();
-        evaluate(step);
+        const bool stopped = step < config_.steps;  // whoever asked may not wait for an evaluation
+        if (!stopped) evaluate(step);
         save(state, step);
-        if (stop_requested) std::printf("stopped after step %lld; --resume auto --out %s goes on\n", (long long)step, config_.out.c_str());
+        if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step, config_.out.c_str());
     }
 
   private:
@@ -181,6 +198,9 @@ class Training {
         log_.step({.steps_done = p.step + 1, .loss = result.loss_sum, .grad_norm = result.grad_norm, .learning_rate = p.learning_rate,
                    .seconds = result.seconds, .tokens = config_.global_batch_tokens,
                    .skipped = result.skip_update != 0, .skipped_steps = result.skipped_steps});
+        skipped_in_a_row_ = result.skip_update ? skipped_in_a_row_ + 1 : 0;
+        REQUIRE(skipped_in_a_row_ < kMostSkippedInARow, "%d steps in a row were not finite and left the weights as they are: lower --lr and resume from an earlier checkpoint",
+                kMostSkippedInARow);
     }
 
     void evaluate(int64_t steps_done) {
@@ -194,7 +214,7 @@ class Training {
         const double start = now_s();
         engine_.save(state);
         state.step = steps_done;
-        const std::string path = save_checkpoint(config_.out, checkpoint_info(config_, engine_), list_, state);
+        const std::string path = save_checkpoint(config_.out, checkpoint_info(config_, engine_, train_), list_, state);
         prune_checkpoints(config_.out, config_.keep);
         log_.checkpoint(steps_done, path, now_s() - start);
     }
@@ -207,6 +227,8 @@ class Training {
     RunLog& log_;
     std::vector<int> inputs_, targets_;  // the batch being made
     std::deque<Pending> pending_;
+    static constexpr int kMostSkippedInARow = 100;  // by then it is not one bad batch
+    int skipped_in_a_row_ = 0;
 };
 
 std::string command_line(int argc, char** argv) {
@@ -232,7 +254,7 @@ void run(int argc, char** argv) {
                             .vocab_size = model.vocab_size});
     const Validation validation(config);
 
-    StartPoint start = start_point(config, list);
+    StartPoint start = start_point(config, list, train);
     const std::unique_ptr<Engine> engine = make_engine(config);
     engine->load(start.state);
     print_start(config, *engine, list, train, start);
@@ -256,6 +278,9 @@ int main(int argc, char** argv) {
     try {
         run(argc, argv);
         return 0;
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "error: not enough host memory for this model: choose a smaller --model or --micro-batch\n");
+        return 1;
     } catch (const std::exception& e) {
         std::fprintf(stderr, "error: %s\n", e.what());
         return 1;

@@ -13,6 +13,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/sm_count.h"
 
 namespace {
 
@@ -24,20 +25,6 @@ constexpr int kThreads = 256;
 
 // The minimum of gelu is -0.17 (at -0.75), and gelu(0.3125) = 0.194.
 constexpr float kDecided = 0.3125f;
-
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Maximum of |y| of both halves of a pair, kept as two 16-bit patterns; the order of patterns is that of amax_bits.
-__device__ __forceinline__ uint32_t pair_amax(uint32_t most, uint32_t pair) {
-    return __vmaxu2(most, pair & 0x7fff7fffu);
-}
-__device__ __forceinline__ uint32_t amax_bits_of_pair(uint32_t most) { return max(most << 16, most & 0xffff0000u); }
 
 __device__ __forceinline__ uint32_t gelu_of_pair(uint32_t h) {
     const float2 x = unpack(h);
@@ -162,11 +149,9 @@ void require_size(const char* name, int64_t n) {
 // As many blocks as the GPU holds at once, or fewer when there is less work.
 template <class... Arguments>
 int blocks_on_device(void (*kernel)(Arguments...)) {
-    int device = 0, sms = 0, blocks_per_sm = 0;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    int blocks_per_sm = 0;
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, kThreads, 0));
-    return sms * blocks_per_sm;
+    return sm_count() * blocks_per_sm;
 }
 unsigned grid_size(int64_t vectors, int unroll, int most_blocks) {
     return unsigned(std::min(ceil_div(vectors, int64_t(kThreads) * unroll), int64_t(most_blocks)));

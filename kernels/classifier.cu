@@ -19,6 +19,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/sm_count.h"
 
 namespace {
 
@@ -30,13 +31,6 @@ constexpr int kVectors = 7;  // of a row, in the registers of a thread
 constexpr int kMaxThreads = 1024;
 constexpr uint32_t kMinusInfinityPair = 0xff80ff80u;
 
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
 __device__ __forceinline__ void store_pairs(bf16* p, const Bf16Pairs& x) {
     __stcg(reinterpret_cast<uint4*>(p), make_uint4(x[0], x[1], x[2], x[3]));  // one instruction, also in branches
 }
@@ -291,25 +285,24 @@ __global__ void __launch_bounds__(kMaxThreads)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-int sm_count() {
-    static const int count = [] {
-        int device = 0, sms = 0;
+// Bytes of dynamic shared memory that a block of row_in_registers_kernel can have: all that the GPU gives a block (227 KB
+// on Hopper, 99 KB on sm_86 and sm_89) less what the kernel declares.
+int row_shared_bytes() {
+    static const int bytes = [] {
+        int device = 0, most = 0;
+        cudaFuncAttributes kernel{};
         CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-        return sms;
+        CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        CUDA_CHECK(cudaFuncGetAttributes(&kernel, row_in_registers_kernel));
+        most -= int(kernel.sharedSizeBytes);
+        CUDA_CHECK(cudaFuncSetAttribute(row_in_registers_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+        return most;
     }();
-    return count;
+    return bytes;
 }
 
-void launch_row_in_registers(const Classifier& p, cudaStream_t stream) {
-    constexpr int kMaxSharedBytes = kVectors * kMaxThreads * int(sizeof(Bf16Pairs));
-    static const cudaError_t allowed = cudaFuncSetAttribute(
-        row_in_registers_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-    CUDA_CHECK(allowed);
-
-    const int vectors = p.Vp / kColumns;
-    const int threads = int(ceil_div(ceil_div(vectors, kVectors), kWarpSize)) * kWarpSize;
-    const int shared_bytes = vectors * int(sizeof(Bf16Pairs));
+void launch_row_in_registers(const Classifier& p, int shared_bytes, cudaStream_t stream) {
+    const int threads = int(ceil_div(ceil_div(p.Vp / kColumns, kVectors), kWarpSize)) * kWarpSize;
     int blocks_per_sm = 0;
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, row_in_registers_kernel, threads,
                                                              shared_bytes));
@@ -327,7 +320,9 @@ void classifier(const Classifier& p, cudaStream_t stream) {
     REQUIRE(p.logits && p.targets && p.losses, "classifier: logits, targets and losses must not be null");
     REQUIRE(reinterpret_cast<uintptr_t>(p.logits) % 16 == 0, "classifier: logits must be 16-byte aligned");
 
-    if (p.Vp <= kColumns * kVectors * kMaxThreads) return launch_row_in_registers(p, stream);
+    const int row_bytes = p.Vp * int(sizeof(bf16));
+    if (p.Vp <= kColumns * kVectors * kMaxThreads && row_bytes <= row_shared_bytes())
+        return launch_row_in_registers(p, row_bytes, stream);
     // One block an SM: more rows at a time would not stay in L2 until their second read.
     row_read_twice_kernel<<<std::min(p.rows, sm_count()), kMaxThreads, 0, stream>>>(p);
     CUDA_CHECK_LAUNCH();

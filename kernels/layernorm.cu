@@ -17,6 +17,7 @@
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
+#include "kernels/common/sm_count.h"
 
 namespace {
 
@@ -25,26 +26,12 @@ namespace {
 using Bf16Pairs = Vec<uint32_t, 4>;
 constexpr int kColumns = 8;  // of one such vector
 
-__device__ __forceinline__ float2 unpack(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// Maximum of |y| of both halves of a pair, kept as two 16-bit patterns; the order of patterns is that of amax_bits.
-__device__ __forceinline__ uint32_t pair_amax(uint32_t most, uint32_t pair) {
-    return __vmaxu2(most, pair & 0x7fff7fffu);
-}
-
 // BF16 sum of two pairs: the exact sums, rounded once.
 __device__ __forceinline__ uint32_t add_pairs(uint32_t a, uint32_t b) {
     const __nv_bfloat162 sum =
         __hadd2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
     return reinterpret_cast<const uint32_t&>(sum);
 }
-__device__ __forceinline__ uint32_t amax_bits_of_pair(uint32_t most) { return max(most << 16, most & 0xffff0000u); }
 
 // Float vectors over C columns (weight, bias, their gradients) lie in shared memory as two planes: the float4 of
 // columns 8v..8v+3 at [v] and that of 8v+4..8v+7 at [vectors + v]. Threads with neighbouring v then read neighbouring
@@ -356,16 +343,6 @@ __global__ void __launch_bounds__(kWarpSize* kSumWarps)
 
 constexpr int kMaxColumns = 16384;
 constexpr int kDefaultSharedBytes = 48 * 1024;  // above it, a kernel has to ask
-
-int sm_count() {
-    static const int count = [] {
-        int device = 0, sms = 0;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-        return sms;
-    }();
-    return count;
-}
 
 bool aligned(const void* pointer, uintptr_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

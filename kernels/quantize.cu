@@ -27,6 +27,7 @@
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
+#include "kernels/common/sm_count.h"
 
 namespace {
 
@@ -391,16 +392,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 
-int multiprocessors() {
-    static const int count = [] {
-        int device = 0, n = 0;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
-        return n;
-    }();
-    return count;
-}
-
 template <class T>
 void amax(const T* x, int64_t n, QuantSlot* slot, cudaStream_t stream) {
     REQUIRE(n >= 0, "amax: n=%lld must not be negative", static_cast<long long>(n));
@@ -408,7 +399,7 @@ void amax(const T* x, int64_t n, QuantSlot* slot, cudaStream_t stream) {
     if (n == 0) return;
     constexpr int kBlocksPerMultiprocessor = 8;  // 2048 threads
     const int64_t wanted = ceil_div(n, int64_t(kAmaxThreads) * kAmaxLoads * (16 / sizeof(T)));
-    const int64_t blocks = std::min<int64_t>(wanted, multiprocessors() * kBlocksPerMultiprocessor);
+    const int64_t blocks = std::min<int64_t>(wanted, sm_count() * kBlocksPerMultiprocessor);
     amax_kernel<<<static_cast<unsigned>(blocks), kAmaxThreads, 0, stream>>>(x, n, slot);
     CUDA_CHECK_LAUNCH();
 }

@@ -102,11 +102,9 @@ MUTANTS = [
     Mutant("bias_gradient_scaled", "llmq llama_model.cpp: an FP8 layer's bias gradient is multiplied by a scale",
            "kernels/quantize.cu", "sums[j] += value[j], sums[j + 1] += value[j + 1];",
            "sums[j] += value[j] * scale, sums[j + 1] += value[j + 1] * scale;", "dev/quantize", "random dbias 17x33"),
-    Mutant("bias_gradient_of_codes", "llmq llama_model.cpp: an FP8 layer's bias gradient is summed from the codes",
-           "kernels/quantize.cu", "encode_row<F>(value, scale, codes.word[i]);\n        }\n        uint8_t* buffer",
-           "encode_row<F>(value, scale, codes.word[i]); if constexpr (kDbias) for (int j = 0; j < kPatch; ++j) sums[j] += "
-           "__half2float(__half(__nv_cvt_fp8_to_halfraw(cast_fp8<F>(value[j], scale), kFp8Kind<F>))) / scale - value[j];\n"
-           "        }\n        uint8_t* buffer", "dev/quantize", "random dbias 17x33"),
+    Mutant("bias_gradient_of_codes", "llmq llama_model.cpp: an FP8 layer's bias gradient is made of the codes (4 significant bits)",
+           "kernels/quantize.cu", "sums[j] += value[j], sums[j + 1] += value[j + 1];",
+           "sums[j] += low_bf16(word & 0xfff0fff0u), sums[j + 1] += high_bf16(word & 0xfff0fff0u);", "dev/quantize", "random dbias 17x33"),
     Mutant("bias_gradient_overwritten", "llm.c: the single-pass branch of the bias gradient overwrites (False is true)",
            "kernels/quantize.cu", "dbias[n] += total;", "dbias[n] = total;", "dev/quantize", "random dbias 17x33"),
     Mutant("e5m2_scaled_to_448", "llmq quant.cu: E5M2 is scaled to E4M3's limit",

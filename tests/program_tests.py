@@ -96,6 +96,30 @@ def test_bad_input_is_one_clear_line():
             assert len(lines) == 1 and mention in lines[0], f"{options}: {done.stderr!r}"
 
 
+def test_resume_refuses_what_would_mix_runs():
+    with Scratch() as out:
+        train(*TINY, "--steps", "2", "--out", str(out / "run"))
+        first = str(out / "run" / "step_000002")
+        other = out / "other"
+        other.mkdir()
+        text = "".join(f"line {i} of another text\n" for i in range(20000))
+        (other / "a.txt").write_text(text)
+        (other / "b.txt").write_text(text[::-1])
+        done = subprocess.run([str(program().parent / "data" / "prepare"), "--tokenizer", "bytes", "--val-fraction", "0.5", "--out", str(out / "shards"), str(other)],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        cases = [
+            (["--resume", first, "--out", str(out / "b"), "--train", str(out / "shards")], "--train"),   # other data
+            (["--resume", first, "--out", str(out / "b"), "--steps", "2"], "--steps 2"),                   # nothing to do
+            (["--resume", first, "--out", str(out / "b"), "--seed", "5"], "--seed 5"),
+            (["--out", str(out / "run")], "--out"),                                                        # somebody's folder
+        ]
+        for options, mention in cases:
+            done = train(*TINY, "--steps", "4", *options, ok=False)
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 1 and mention in lines[0], f"{options}: {done.stderr!r}"
+
+
 def test_data_order_does_not_depend_on_the_micro_batch():
     with Scratch() as out:
         losses = []

@@ -107,6 +107,7 @@ Json header_json(const Header& h) {
     json["recipe"] = h.info.recipe;
     json["seed"] = h.info.seed;
     json["tokens_per_step"] = h.info.tokens_per_step;
+    json["samples_per_epoch"] = h.info.samples_per_epoch;
     json["config"] = h.info.config_toml;
     json["gemm_choices"] = h.info.gemm_choices;
     json["files"] = h.files;
@@ -132,7 +133,8 @@ Header read_header(const std::string& folder) {
         h.step = json.at("step"), h.adam_t = json.at("adam_t"), h.skipped_steps = json.at("skipped_steps");
         h.saved_ns = json.at("saved_ns");
         h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = json.at("seed"),
-                  .tokens_per_step = json.at("tokens_per_step"), .config_toml = json.at("config"),
+                  .tokens_per_step = json.at("tokens_per_step"),
+                  .samples_per_epoch = json.at("samples_per_epoch"), .config_toml = json.at("config"),
                   .gemm_choices = json.at("gemm_choices")};
         h.files = json.at("files").get<std::map<std::string, uint64_t>>();
     } catch (const nlohmann::json::exception& error) {

@@ -17,6 +17,7 @@ struct CheckpointInfo {
     std::string recipe;
     uint64_t seed = 0;
     int64_t tokens_per_step = 0;
+    int64_t samples_per_epoch = 0;  // of the training data: another number means another order of another text
     std::string config_toml;
     std::string gemm_choices;  // opaque here
 };

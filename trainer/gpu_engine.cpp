@@ -20,6 +20,8 @@ void check_device(const Recipe& recipe) {
     REQUIRE(runs, "this binary was built for sm_%d and the GPU is %s, sm_%d: build with `make ARCH=%d%s`", TRAIN_GPT_ARCH, device.name,
             arch, arch, arch == 90 ? "a" : "");
     REQUIRE(!recipe.quantizes() || arch >= 89, "--recipe %s: %s (sm_%d) has no FP8 tensor cores: use --recipe bf16", recipe.name.c_str(), device.name, arch);
+    REQUIRE(!recipe.quantizes() || TRAIN_GPT_ARCH >= 89, "--recipe %s: this binary was built for sm_%d, which has no FP8: use --recipe bf16 or build with `make ARCH=%d`",
+            recipe.name.c_str(), TRAIN_GPT_ARCH, arch);
 }
 
 const EngineOptions& checked(const EngineOptions& o) {
@@ -56,9 +58,10 @@ GpuEngine::GpuEngine(const EngineOptions& options)
       gemm_({.cache_file = options.deterministic ? "" : options.gemm_cache, .autotune = !options.deterministic}),
       model_(options_, list_), weight_format_(options.recipe.output.b.dtype) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    request_memory();
+    arena_.require_fits();
     model_.plan(gemm_);  // before the arena takes the memory that tuning borrows
     gemm_.save_cache();
-    request_memory();
     arena_.allocate();
     model_.bind(arrays_, state_);
     build_tensor_tables();

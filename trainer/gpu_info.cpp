@@ -31,7 +31,7 @@ std::string gpu_obstacle() {
     const cudaError_t status = cudaGetDeviceCount(&devices);
     if (status != cudaSuccess) {
         cudaGetLastError();  // the answer is the return value; leave no error behind
-        return cudaGetErrorString(status);
+        return status == cudaErrorInsufficientDriver ? "no NVIDIA driver, or one that is too old" : cudaGetErrorString(status);
     }
     return devices > 0 ? "" : "no CUDA device";
 }

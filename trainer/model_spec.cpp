@@ -33,8 +33,9 @@ void validate(const ModelSpec& s) {
     REQUIRE(s.head_dim() % 8 == 0 && s.head_dim() <= 256,
             "--dim %d / --n-heads %d = head dimension %d: must be a multiple of 8, at most 256", s.dim, s.n_heads, s.head_dim());
     REQUIRE(s.ffn_dim >= 8 && s.ffn_dim % 8 == 0, "--ffn-dim %d: must be a positive multiple of 8", s.ffn_dim);
-    REQUIRE(s.vocab_size >= 2, "--vocab-size %d: must be at least 2", s.vocab_size);
-    REQUIRE(s.seq_len >= 1, "--seq-len %d: must be at least 1", s.seq_len);
+    constexpr int kMost = 1 << 24;  // of rows; leaves room for products of dimensions in 64 bits, and for padding in 32
+    REQUIRE(s.vocab_size >= 2 && s.vocab_size <= kMost, "--vocab-size %d: must be from 2 to %d", s.vocab_size, kMost);
+    REQUIRE(s.seq_len >= 1 && s.seq_len <= kMost, "--seq-len %d: must be from 1 to %d", s.seq_len, kMost);
 }
 
 TokenFlops flops_per_token(const ModelSpec& s, int T) {

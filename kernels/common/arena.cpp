@@ -26,12 +26,17 @@ std::vector<Arena::Row> Arena::table() const {
     return rows;
 }
 
-void Arena::allocate() {
+void Arena::require_fits() const {
     size_t free_bytes = 0, device_bytes = 0;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &device_bytes));
     const size_t total = total_bytes();
     REQUIRE(total <= free_bytes, "the run needs %.2f GiB of device memory but %.2f GiB of %.2f are free: lower --micro-batch or choose a smaller model",
             double(total) / (1 << 30), double(free_bytes) / (1 << 30), double(device_bytes) / (1 << 30));
+}
+
+void Arena::allocate() {
+    require_fits();
+    const size_t total = total_bytes();
     if (total == 0) return;
     CUDA_CHECK(cudaMalloc(&base_, total));
     CUDA_CHECK(cudaMemset(base_, 0, total));

@@ -20,7 +20,8 @@ class Arena {
         if (count > 0) requests_.push_back({reinterpret_cast<void**>(&pointer), count * sizeof(T), row});
     }
 
-    void allocate();  // Error that states the total and what is free, when it does not fit
+    void require_fits() const;  // Error that states the total and what is free, when it does not
+    void allocate();
 
     struct Row {
         std::string what;

@@ -81,6 +81,21 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
 __device__ __forceinline__ uint32_t amax_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 __device__ __forceinline__ uint32_t amax_bits(bf16 x) { return (uint32_t(__bfloat16_as_ushort(x)) & 0x7fffu) << 16; }
 
+// Pairs of BF16 in one register, the first in the low half.
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Maximum of |y| of both halves of a pair, kept as two 16-bit patterns; the order of patterns is that of amax_bits.
+__device__ __forceinline__ uint32_t pair_amax(uint32_t most, uint32_t pair) {
+    return __vmaxu2(most, pair & 0x7fff7fffu);
+}
+__device__ __forceinline__ uint32_t amax_bits_of_pair(uint32_t most) { return max(most << 16, most & 0xffff0000u); }
+
 // One atomic per block. Every thread of the block must call it; works for any block of whole warps up to 1024 threads.
 __device__ __forceinline__ void block_amax_to_slot(uint32_t bits, QuantSlot* slot) {
     __shared__ uint32_t block_max;

@@ -155,7 +155,7 @@ struct TinyRun {
     ModelSpec model = find_model("tiny");
     ParameterList list = make_parameters(model);
     TrainState state = initial_state(list, model, 3);
-    CheckpointInfo info{.model = model, .recipe = "tensorwise", .seed = 18446744073709551615u, .tokens_per_step = 4096,
+    CheckpointInfo info{.model = model, .recipe = "tensorwise", .seed = 18446744073709551615u, .tokens_per_step = 4096, .samples_per_epoch = 77,
                         .config_toml = "steps = 5\nout = 'x'\n", .gemm_choices = "{\"a\": \"\\n\"}"};
 
     TinyRun() {
@@ -205,6 +205,7 @@ TEST(Checkpoint, RoundTripIsBitExact) {
     EXPECT_EQ(c.info.recipe, run.info.recipe);
     EXPECT_EQ(c.info.seed, run.info.seed);
     EXPECT_EQ(c.info.tokens_per_step, 4096);
+    EXPECT_EQ(c.info.samples_per_epoch, 77);
     EXPECT_EQ(c.info.config_toml, run.info.config_toml);
     EXPECT_EQ(c.info.gemm_choices, run.info.gemm_choices);
     EXPECT_EQ(c.info.model.name, "tiny");
