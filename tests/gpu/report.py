@@ -76,6 +76,8 @@ def entries():
     found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
     checked = sorted({name for entry in found if len(entry.commands) == 1 and entry.commands[0][0].startswith(str(BUILD / "dev")) for name in entry.objects})
     found.append(Entry("sanitizer", [python_test("sanitize.py")], checked, ["tests/gpu/sanitize.py"], long=True))
+    built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile
+    found.append(Entry("mutants", [[sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]], checked, ["tests/mutants.py"], long=True))
     shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "tests/gpu/plot.py"], long=True))
