@@ -48,7 +48,11 @@ std::unique_ptr<Engine> make_engine(const Config& config) {
                                 .gemm_cache = config.gemm_cache};
     if (config.device == "cpu") return make_reference_engine(options);
     const std::string obstacle = gpu_obstacle();
-    if (obstacle.empty()) return make_gpu_engine(options);
+    if (obstacle.empty()) {
+        std::error_code ignored;  // the engine warns when it cannot write the file
+        std::filesystem::create_directories(std::filesystem::path(config.gemm_cache).parent_path(), ignored);
+        return make_gpu_engine(options);
+    }
     REQUIRE(config.device == "auto", "--device gpu: %s", obstacle.c_str());
     std::printf("no usable GPU (%s): using the reference device, slow and meant for small models\n", obstacle.c_str());
     return make_reference_engine(options);
