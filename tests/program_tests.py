@@ -58,6 +58,16 @@ def test_learns_and_resumes_with_the_same_bits():
             assert [r["loss"] for r in records(out / "resumed", "step")] == losses, f"{recipe}: resumed losses differ"
 
 
+def test_learns_more_than_byte_frequencies():
+    """The default corpus and model, a short run: half a nat below the entropy of single bytes, and the log says so."""
+    entropy = json.loads((SHARDS / "meta.json").read_text())["val_byte_entropy_nats"]
+    with Scratch() as out:
+        train(*TINY, "--micro-batch", "16", "--global-batch-tokens", "4096", "--recipe", "tensorwise", "--steps", "120", "--lr", "3e-3", "--warmup-steps", "10",
+              "--eval-every", "120", "--eval-batches", "16", "--out", str(out / "run"))
+        loss = records(out / "run", "eval")[-1]["loss"]
+        assert loss <= entropy - 0.5, f"validation loss {loss:.3f}, unigram entropy {entropy:.3f}"
+
+
 def test_same_run_twice_is_bit_equal():
     with Scratch() as out:
         for name in ("a", "b"):
