@@ -5,10 +5,15 @@
 //
 // qkv is packed as the QKV matmul writes it: (B, T, (H + 2*KV) * head_dim), row = [q heads | k heads | v heads].
 // H % KV == 0 (grouped heads: query head h reads kv head h / (H/KV)). head_dim: multiple of 8, 8..256. Any T >= 1.
-// Pointers 16-byte aligned. Deterministic: no float atomics (dK, dV and dQ come from separate kernels).
+// Pointers 16-byte aligned. Nothing is allocated in a call, and calls can be captured in a CUDA graph.
+//
+// Several backends compute this (kernels/attention/backends.h). They agree on every array, so the forward of one may be
+// followed by the backward of another.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+
+#include <string>
 
 #include "kernels/common/quant_slot.h"
 
@@ -18,13 +23,24 @@ struct AttentionShape {
     int head_dim;
 };
 
+enum class AttentionBackend : uint8_t { automatic, hopper, mma, cudnn };
+inline constexpr const char* kAttentionBackendNames[] = {"auto", "hopper", "mma", "cudnn"};
+
+struct AttentionOptions {
+    AttentionBackend backend = AttentionBackend::automatic;  // the first of our own that takes the shape on this GPU
+    bool deterministic = false;  // same bits every run, also from a backend that would be faster without
+};
+
 struct AttentionForward {
     AttentionShape shape;
     const __nv_bfloat16* qkv;   // (B, T, (H + 2 KV) head_dim)
     __nv_bfloat16* out;         // (B, T, H head_dim)
     float* lse;                 // (B, H, T), natural logarithm
     QuantSlot* amax;            // amax of the BF16-rounded out, or null
+    void* workspace = nullptr;  // attention_forward_workspace_bytes(shape, options), 256-byte aligned; may be null if that is 0
+    AttentionOptions options = {};
 };
+size_t attention_forward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options = {});
 void attention_forward(const AttentionForward& p, cudaStream_t stream);
 
 struct AttentionBackward {
@@ -35,7 +51,15 @@ struct AttentionBackward {
     const float* lse;
     __nv_bfloat16* dqkv;        // (B, T, (H + 2 KV) head_dim), every element written
     QuantSlot* amax;            // amax of the BF16-rounded dqkv, or null
-    void* workspace;            // attention_backward_workspace_bytes(shape), 256-byte aligned
+    void* workspace;            // attention_backward_workspace_bytes(shape, options), 256-byte aligned
+    AttentionOptions options = {};
 };
-size_t attention_backward_workspace_bytes(const AttentionShape& shape);
+size_t attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options = {});
 void attention_backward(const AttentionBackward& p, cudaStream_t stream);
+
+// Which backend runs this shape on this GPU, and why not one that comes before it.
+struct AttentionChoice {
+    std::string forward, backward;  // names
+    std::string reason;             // "" when the first choice is taken in both directions
+};
+AttentionChoice attention_choice(const AttentionShape& shape, const AttentionOptions& options = {});

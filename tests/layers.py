@@ -16,7 +16,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 # Layer of a file -> what it may include, as path prefixes. The first matching row decides.
 RULES = [
     ("kernels/common/", ["kernels/common/"]),
-    ("kernels/", ["kernels/common/", "SELF"]),  # SELF: the operation's own NAME.h
+    ("kernels/", ["kernels/common/", "SELF"]),  # SELF: the operation's own NAME.h, and NAME/ if it has several backends
     ("data/", ["data/", "kernels/common/check.h"]),
     ("trainer/reference/", ["trainer/", "kernels/common/check.h", "kernels/common/dtype.h", "kernels/common/step_state.h"]),
     ("trainer/", ["trainer/", "kernels/"]),
@@ -32,16 +32,21 @@ def sources():
             yield relative, path.read_text()
 
 
+def operation(name):
+    """kernels/NAME of kernels/NAME.h, kernels/NAME.cu and kernels/NAME/*."""
+    return "/".join(re.sub(r"\.(cu|cuh|cpp|h)$", "", name).split("/")[:2])
+
+
 def violations():
     for name, text in sources():
         rule = next((allowed for prefix, allowed in RULES if name.startswith(prefix)), None)
         if rule is None:  # dev/ and tests/: everything
             continue
-        own = re.sub(r"\.(cu|cuh|cpp|h)$", ".h", name)
+        own = operation(name)
         for include in INCLUDE.findall(text):
             if not (ROOT / include).exists():
                 yield f"{name}: \"{include}\" is not a path from the repository's root"
-            elif not any(include.startswith(own if prefix == "SELF" else prefix) for prefix in rule):
+            elif not any(operation(include) == own if prefix == "SELF" else include.startswith(prefix) for prefix in rule):
                 yield f"{name}: must not include {include}"
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)
         if name != "kernels/common/dtype.h" and FORMAT_CONSTANTS.search(code):

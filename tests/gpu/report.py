@@ -54,8 +54,12 @@ def train_command(model, recipe, micro_batch, tokens, *more):
 
 def library_objects():
     """Everything that the trainer links, as paths of .d files relative to the build folder without suffix."""
-    sources = [p for folder in ("kernels", "kernels/common", "trainer", "trainer/reference", "data") for p in (ROOT / folder).glob("*.c*")]
-    return sorted(str(p.relative_to(ROOT).with_suffix("")) for p in sources if p.suffix in (".cu", ".cpp") and p.name != "prepare.cpp")
+    return [name for folder in ("kernels", "kernels/*", "trainer", "trainer/reference", "data") for name in objects_in(folder) if name != "data/prepare"]
+
+
+def objects_in(folder):
+    sources = sorted(p for suffix in (".cu", ".cpp") for p in ROOT.glob(f"{folder}/*{suffix}"))
+    return [str(p.relative_to(ROOT).with_suffix("")) for p in sources]
 
 
 def entries():
@@ -64,7 +68,7 @@ def entries():
         if "run_dev_program(" not in source.read_text():
             continue  # a tool
         own = [f"dev/{source.stem}", "dev/harness"]
-        kernel = [f"kernels/{source.stem}", "trainer/reference/quantizer"]
+        kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "trainer/reference/quantizer"]
         linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
         found.append(Entry(source.stem, [[str(BUILD / "dev" / source.stem)]], own + linked))
     library = library_objects()

@@ -1,0 +1,13 @@
+// The backends behind kernels/attention.h. Arguments that reach them have been asserted by kernels/attention.cu.
+//
+// To add one: declare its functions here, and name them in a row of the forward or the backward table of
+// kernels/attention.cu, above the backends that it is faster than. Its file kernels/attention/NAME.cu is found by wildcard.
+//   refusal          "" if the backend runs this shape on the current GPU, else why not, with the values
+//   workspace_bytes  for p.workspace
+#pragma once
+#include "kernels/attention.h"
+
+// mma.cu: mma.sync, any GPU from sm_80 on, every shape of the contract; deterministic.
+void mma_attention_forward(const AttentionForward& p, cudaStream_t stream);
+size_t mma_attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
+void mma_attention_backward(const AttentionBackward& p, cudaStream_t stream);
