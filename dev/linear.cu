@@ -92,7 +92,7 @@ void check_layer(Report& report, const Case& c) {
 
     const DeviceBuffer<float> master(w);
     const DeviceBuffer<__nv_bfloat16> x_device(x), dy_device(dy), bias_device(bias), w_bf16(to_bf16(w));
-    DeviceBuffer<float> dw(dw_before), dbias(size_t(c.out));
+    DeviceBuffer<float> dw(n_w), dbias(size_t(c.out));  // dw is NaN: the first micro-batch must write it without reading
     DeviceBuffer<__nv_bfloat16> y(n_out), dx(n_in);
     dbias.zero();
     layer.linear.bias = bias_device.get();
@@ -105,25 +105,33 @@ void check_layer(Report& report, const Case& c) {
         amax_bf16(dy_device.get(), int64_t(n_out), layer.linear.grad_slot, nullptr);
     }
     layer.linear.forward({.x = x_device.get(), .y = y.get()}, layer.gemm, layer.scratch, nullptr);
-    layer.linear.backward({.dy = dy_device.get(), .x = x_device.get(), .dx = dx.get()}, layer.gemm, layer.scratch, nullptr);
-    CUDA_CHECK(cudaDeviceSynchronize());
+    const auto backward = [&](Position position) {
+        layer.linear.backward({.dy = dy_device.get(), .x = x_device.get(), .dx = dx.get(), .position = position}, layer.gemm, layer.scratch, nullptr);
+        CUDA_CHECK(cudaDeviceSynchronize());
+    };
+    backward(Position::first);
+    const std::vector<float> dw_written = dw.download();
+    dw.upload(dw_before);
+    backward(Position::last);
 
     // The definition, straight from torchao's table of the recipe.
     const bool tensorwise = std::string(c.recipe) == "tensorwise" && fp8;
     const OperandFormat forward{tensorwise ? Dtype::e4m3 : Dtype::bf16, Granularity::tensor}, gradient{tensorwise ? Dtype::e5m2 : Dtype::bf16, Granularity::tensor};
     const std::vector<double> xq = as_multiplied(to_float(x), forward), wq = as_multiplied(w, forward), dyq = as_multiplied(to_float(dy), gradient);
     const int64_t in = c.in, out = c.out;
-    std::vector<double> dw_expected = product(c.out, c.in, c.tokens, {dyq, 1, out}, {xq, 1, in});
+    const std::vector<double> dw_product = product(c.out, c.in, c.tokens, {dyq, 1, out}, {xq, 1, in});
+    std::vector<double> dw_expected = dw_product;
     for (size_t i = 0; i < n_w; ++i) dw_expected[i] += double(dw_before[i]);
     std::vector<double> dbias_expected(size_t(c.out), 0.0);
     const std::vector<float> dy_float = to_float(dy);
-    for (size_t i = 0; i < n_out; ++i) dbias_expected[i % size_t(c.out)] += double(dy_float[i]);
+    for (size_t i = 0; i < n_out; ++i) dbias_expected[i % size_t(c.out)] += 2 * double(dy_float[i]);  // added by both calls
 
     // BF16 outputs: one rounding, 2^-9, as root mean square less. The tensor core keeps about 14 bits of an FP8 partial sum:
     // fast accumulation adds K/32 such roundings of 2^-13 of the sum's running size, slow accumulation those of 128 terms.
     const Tolerance bf16_output{.relative = 4e-3}, f32_output{.relative = fp8 ? 2e-3 : 1e-5};
     report.compare("linear.y", text, to_float(y.download()), plus_rows(product(c.tokens, c.out, c.in, {xq, in, 1}, {wq, in, 1}), to_float(bias)), c.tokens, c.out, bf16_output);
     report.compare("linear.dx", text, to_float(dx.download()), product(c.tokens, c.in, c.out, {dyq, out, 1}, {wq, 1, in}), c.tokens, c.in, {.relative = 4e-3, .absolute = 1e-12});
+    report.compare("linear.dW written", text, dw_written, dw_product, c.out, c.in, f32_output);
     report.compare("linear.dW accumulated", text, dw.download(), dw_expected, c.out, c.in, f32_output);
     report.compare("linear.dbias", text, dbias.download(), dbias_expected, 1, c.out, {.relative = 1e-5, .absolute = 1e-12});
     report.expect("linear guards", text, y.guards_intact() && dx.guards_intact() && dw.guards_intact() && dbias.guards_intact() && layer.codes.guards_intact() && layer.transposed.guards_intact(), "intact");

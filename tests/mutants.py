@@ -143,7 +143,13 @@ MUTANTS = [
            "trainer/linear.cpp", ".b_scale = &input_slot->inv_scale}", ".b_scale = &weight_slot->inv_scale}",
            "dev/engines", "gradients tensorwise L2 C64"),
     Mutant("micro_batches_overwrite", "class of llm.c's False that is true: gradients overwritten, not accumulated",
-           "trainer/linear.cpp", ".layout_b = layout, .accumulate = true", ".layout_b = layout, .accumulate = false",
+           "trainer/linear.cpp", ".accumulate = !starts_gradients(position)", ".accumulate = false",
+           "dev/engines", "gradients bf16 L2 C64"),
+    Mutant("gradients_never_start_anew", "class of llm.c's False that is true: the step before stays in the gradients",
+           "trainer/linear.cpp", ".accumulate = !starts_gradients(position)", ".accumulate = true",
+           "dev/linear", "linear.dW written"),
+    Mutant("head_gradient_overwritten", "class of llm.c's False that is true: the tied gradient keeps the last micro-batch's head only",
+           "trainer/gpu_model.cpp", "const bool accumulate = first > 0 || !starts_gradients(*position);", "const bool accumulate = first > 0;",
            "dev/engines", "gradients bf16 L2 C64"),
 ]
 

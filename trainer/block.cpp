@@ -65,19 +65,19 @@ const __nv_bfloat16* Block::forward_mlp(bool keep, Gemm& gemm, const BlockScratc
     return s.branch_out;
 }
 
-void Block::backward(QuantSlot* amax_below, Gemm& gemm, const BlockScratch& s, cudaStream_t stream) const {
-    fc2.backward({.dy = s.dresidual, .x = activation_, .dx = s.wide}, gemm, s.linear, stream);
+void Block::backward(Position position, QuantSlot* amax_below, Gemm& gemm, const BlockScratch& s, cudaStream_t stream) const {
+    fc2.backward({.dy = s.dresidual, .x = activation_, .dx = s.wide, .position = position}, gemm, s.linear, stream);
     gelu_backward(pre_activation_, s.wide, s.wide, int64_t(tokens_) * F_, fc1.grad_slot, stream);
-    fc1.backward({.dy = s.wide, .x = norm2_out_, .dx = s.dbranch}, gemm, s.linear, stream);
+    fc1.backward({.dy = s.wide, .x = norm2_out_, .dx = s.dbranch, .position = position}, gemm, s.linear, stream);
     layernorm_backward({.x = x2_, .dout = s.dbranch, .weight = norm2.weight, .mean = stats2_.mean, .rstd = stats2_.rstd,
                         .dresidual_in = s.dresidual, .dresidual_out = s.dresidual, .dweight = norm2.dweight,
                         .dbias = norm2.dbias, .amax = proj.grad_slot, .workspace = s.norm_workspace, .rows = tokens_,
                         .C = C_}, stream);
 
-    proj.backward({.dy = s.dresidual, .x = attention_out_, .dx = s.dbranch}, gemm, s.linear, stream);
+    proj.backward({.dy = s.dresidual, .x = attention_out_, .dx = s.dbranch, .position = position}, gemm, s.linear, stream);
     attention_backward({.shape = attention_, .qkv = qkv_out_, .out = attention_out_, .dout = s.dbranch, .lse = lse_,
                         .dqkv = s.wide, .amax = qkv.grad_slot, .workspace = s.attention_workspace}, stream);
-    qkv.backward({.dy = s.wide, .x = norm1_out_, .dx = s.dbranch}, gemm, s.linear, stream);
+    qkv.backward({.dy = s.wide, .x = norm1_out_, .dx = s.dbranch, .position = position}, gemm, s.linear, stream);
     layernorm_backward({.x = x1_, .dout = s.dbranch, .weight = norm1.weight, .mean = stats1_.mean, .rstd = stats1_.rstd,
                         .dresidual_in = s.dresidual, .dresidual_out = s.dresidual, .dweight = norm1.dweight,
                         .dbias = norm1.dbias, .amax = amax_below, .workspace = s.norm_workspace, .rows = tokens_,

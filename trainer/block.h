@@ -57,7 +57,7 @@ class Block {
 
     // scratch.dresidual holds the gradient of this block's output, its amax in fc2.grad_slot; on return, the gradient of
     // its input, with its amax raised in `amax_below` (the fc2.grad_slot of the block below, or null).
-    void backward(QuantSlot* amax_below, Gemm& gemm, const BlockScratch& scratch, cudaStream_t stream) const;
+    void backward(Position position, QuantSlot* amax_below, Gemm& gemm, const BlockScratch& scratch, cudaStream_t stream) const;
 
   private:
     struct Statistics {

@@ -155,11 +155,11 @@ void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::spa
     *s.state = StepState{.in = in};
     // Everything before adam_t belongs to one step and starts from zero; adam_t and skipped_steps live on the device.
     CUDA_CHECK(cudaMemcpyAsync(state_, s.state, offsetof(StepState, adam_t), cudaMemcpyHostToDevice, stream_));
-    CUDA_CHECK(cudaMemsetAsync(arrays_.grads, 0, size_t(list_.flat_elements) * sizeof(float), stream_));
     for (int i = 0; i < options_.micro_batches_per_step; ++i) {
+        const Position position = position_of(i, options_.micro_batches_per_step);
         CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), s.inputs + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
         CUDA_CHECK(cudaMemcpyAsync(model_.targets(), s.targets + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
-        micro_batch_graph_.run(options_.use_graphs, stream_, [&] { model_.forward_backward(gemm_, stream_); });
+        micro_batch_graphs_[int(position)].run(options_.use_graphs, stream_, [&] { model_.forward_backward(position, gemm_, stream_); });
     }
 }
 

@@ -1,7 +1,7 @@
-// The GPU's side of Engine: parameter and optimizer arrays, the step as two graphs, staging of tokens and results.
+// The GPU's side of Engine: parameter and optimizer arrays, the step as graphs, staging of tokens and results.
 //
-// A step is: new inputs and cleared gradients, then for every micro-batch the tokens and the micro-batch graph, then the
-// optimizer graph, then a copy of StepState to the host. Everything is enqueued on one stream without waiting.
+// A step is: new inputs, then for every micro-batch the tokens and the graph of its position, then the optimizer graph,
+// then a copy of StepState to the host. Everything is enqueued on one stream without waiting.
 #pragma once
 #include <deque>
 
@@ -53,7 +53,7 @@ class GpuEngine final : public Engine {
     Arena arena_;
     Gemm gemm_;
     GpuModel model_;
-    CudaGraph micro_batch_graph_, optimizer_graph_, evaluation_graph_;
+    CudaGraph micro_batch_graphs_[kPositions], optimizer_graph_, evaluation_graph_;
 
     ParameterArrays arrays_;
     float* m_ = nullptr;

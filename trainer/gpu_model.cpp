@@ -148,9 +148,10 @@ std::vector<LinearRow> GpuModel::linear_table() const {
 
 void GpuModel::plan(Gemm& gemm) const {
     blocks_[0].plan(gemm);  // all blocks have the same shapes
+    gemm.plan(head_grad_weight_shape(chunk_, false));
     for (const int rows : {chunk_, tokens_ % chunk_})
         if (rows > 0)
-            for (const GemmShape& shape : {logits_shape(rows), head_grad_input_shape(rows), head_grad_weight_shape(rows)}) gemm.plan(shape);
+            for (const GemmShape& shape : {logits_shape(rows), head_grad_input_shape(rows), head_grad_weight_shape(rows, true)}) gemm.plan(shape);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -163,13 +164,13 @@ GemmShape GpuModel::head_grad_input_shape(int rows) const {
     return {.M = rows, .N = options_.model.dim, .K = options_.model.padded_vocab(), .a = Dtype::bf16, .b = Dtype::bf16,
             .d = Dtype::bf16, .layout_b = Layout::col_k};
 }
-GemmShape GpuModel::head_grad_weight_shape(int rows) const {
+GemmShape GpuModel::head_grad_weight_shape(int rows, bool accumulate) const {
     return {.M = options_.model.padded_vocab(), .N = options_.model.dim, .K = rows, .a = Dtype::bf16, .b = Dtype::bf16,
-            .d = Dtype::f32, .layout_a = Layout::col_k, .layout_b = Layout::col_k, .accumulate = true};
+            .d = Dtype::f32, .layout_a = Layout::col_k, .layout_b = Layout::col_k, .accumulate = accumulate};
 }
 
 // Reads final_norm_out_, writes losses_; with gradients also scratch.dbranch (gradient of final_norm_out_) and dwte.
-void GpuModel::head(bool with_gradients, Gemm& gemm, cudaStream_t stream) const {
+void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t stream) const {
     const ModelSpec& m = options_.model;
     const __nv_bfloat16* wte = bf16_copy(list_.wte);
     for (int first = 0; first < tokens_; first += chunk_) {
@@ -177,10 +178,12 @@ void GpuModel::head(bool with_gradients, Gemm& gemm, cudaStream_t stream) const 
         const __nv_bfloat16* x = final_norm_out_ + int64_t(first) * m.dim;
         gemm.run(logits_shape(rows), {.a = x, .b = wte, .d = logits_}, stream);
         classifier({.logits = logits_, .targets = targets_ + first, .losses = losses_ + first,
-                    .gradient_scale = with_gradients ? &state_->in.inverse_valid_tokens : nullptr, .rows = rows,
+                    .gradient_scale = position ? &state_->in.inverse_valid_tokens : nullptr, .rows = rows,
                     .V = m.vocab_size, .Vp = m.padded_vocab()}, stream);
-        if (!with_gradients) continue;
-        gemm.run(head_grad_weight_shape(rows), {.a = logits_, .b = x, .d = arrays_.grads + list_[list_.wte].offset}, stream);
+        if (!position) continue;
+        // The first to touch the tied gradient; the embedding's backward adds to it at the end of the micro-batch.
+        const bool accumulate = first > 0 || !starts_gradients(*position);
+        gemm.run(head_grad_weight_shape(rows, accumulate), {.a = logits_, .b = x, .d = arrays_.grads + list_[list_.wte].offset}, stream);
         gemm.run(head_grad_input_shape(rows), {.a = logits_, .b = wte, .d = scratch_.dbranch + int64_t(first) * m.dim}, stream);
     }
 }
@@ -200,10 +203,13 @@ void GpuModel::forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t s
                        .rstd = final_rstd_, .amax = nullptr, .rows = tokens_, .C = m.dim}, stream);
 }
 
-void GpuModel::forward_backward(Gemm& gemm, cudaStream_t stream) const {
+void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const {
     const ModelSpec& m = options_.model;
+    if (starts_gradients(position))
+        CUDA_CHECK(cudaMemsetAsync(arrays_.grads + list_.cleared_from, 0,
+                                   size_t(list_.flat_elements - list_.cleared_from) * sizeof(float), stream));
     forward_blocks(true, gemm, stream);
-    head(true, gemm, stream);
+    head(position, gemm, stream);
     accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
 
     layernorm_backward({.x = final_x_, .dout = scratch_.dbranch, .weight = final_norm_.weight, .mean = final_mean_,
@@ -211,7 +217,7 @@ void GpuModel::forward_backward(Gemm& gemm, cudaStream_t stream) const {
                         .dweight = final_norm_.dweight, .dbias = final_norm_.dbias, .amax = blocks_.back().fc2.grad_slot,
                         .workspace = scratch_.norm_workspace, .rows = tokens_, .C = m.dim}, stream);
     for (size_t layer = blocks_.size(); layer-- > 0;)
-        blocks_[layer].backward(layer > 0 ? blocks_[layer - 1].fc2.grad_slot : nullptr, gemm, scratch_, stream);
+        blocks_[layer].backward(position, layer > 0 ? blocks_[layer - 1].fc2.grad_slot : nullptr, gemm, scratch_, stream);
     embedding_backward({.tokens = inputs_, .dout = scratch_.dresidual, .dwte = arrays_.grads + list_[list_.wte].offset,
                         .dwpe = arrays_.grads + list_[list_.wpe].offset, .workspace = embedding_workspace_,
                         .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim, .V = m.padded_vocab()}, stream);
@@ -219,6 +225,6 @@ void GpuModel::forward_backward(Gemm& gemm, cudaStream_t stream) const {
 
 void GpuModel::evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const {
     forward_blocks(false, gemm, stream);
-    head(false, gemm, stream);
+    head(std::nullopt, gemm, stream);
     accumulate_loss(losses_, tokens_, nullptr, loss_sum, nullptr, stream);
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -36,18 +37,19 @@ class GpuModel {
     int* inputs() const { return inputs_; }
     int* targets() const { return targets_; }
 
-    // Adds the micro-batch's gradients and its loss (to state->loss_sum). Capturable.
-    void forward_backward(Gemm& gemm, cudaStream_t stream) const;
+    // Writes or adds the micro-batch's gradients (position.h) and adds its loss to state->loss_sum. Capturable.
+    void forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const;
     // Adds the sum of the losses to *loss_sum (device).
     void evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const;
 
   private:
     // Fills final_x_ and final_norm_out_.
     void forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t stream) const;
-    void head(bool with_gradients, Gemm& gemm, cudaStream_t stream) const;
+    // Without a position: losses only.
+    void head(std::optional<Position> position, Gemm& gemm, cudaStream_t stream) const;
     GemmShape logits_shape(int rows) const;
     GemmShape head_grad_input_shape(int rows) const;
-    GemmShape head_grad_weight_shape(int rows) const;
+    GemmShape head_grad_weight_shape(int rows, bool accumulate) const;
     void request_scratch(Arena& arena);
 
     const EngineOptions& options_;

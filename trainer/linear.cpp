@@ -15,7 +15,8 @@ void Linear::request(Arena& arena) {
 }
 
 void Linear::plan(Gemm& gemm) const {
-    for (const GemmShape& shape : {output_shape(), grad_input_shape(), grad_weight_shape()}) gemm.plan(shape);
+    for (const GemmShape& shape : {output_shape(), grad_input_shape(), grad_weight_shape(Position::first), grad_weight_shape(Position::last)})
+        gemm.plan(shape);
 }
 
 // y (tokens, out) = x (tokens, in) * W (out, in)^T + b
@@ -34,13 +35,14 @@ GemmShape Linear::grad_input_shape() const {
             .layout_b = fp8() ? Layout::row_k : Layout::col_k, .fast_accumulation = fp8() && f.fast_accumulation};
 }
 
-// dW (out, in) += dy (tokens, out)^T * x (tokens, in)
-GemmShape Linear::grad_weight_shape() const {
+// dW (out, in) = or += dy (tokens, out)^T * x (tokens, in)
+GemmShape Linear::grad_weight_shape(Position position) const {
     const GemmFormats& f = recipe_.grad_weight;
     const Layout layout = fp8() ? Layout::row_k : Layout::col_k;
     return {.M = spec_.out, .N = spec_.in, .K = spec_.tokens,
             .a = fp8() ? f.a.dtype : Dtype::bf16, .b = fp8() ? f.b.dtype : Dtype::bf16, .d = Dtype::f32,
-            .layout_a = layout, .layout_b = layout, .accumulate = true, .fast_accumulation = fp8() && f.fast_accumulation};
+            .layout_a = layout, .layout_b = layout, .accumulate = !starts_gradients(position),
+            .fast_accumulation = fp8() && f.fast_accumulation};
 }
 
 QuantizeWeight Linear::quantize_weight(const float* master) const {
@@ -67,12 +69,12 @@ void Linear::backward(const Backward& p, Gemm& gemm, const LinearScratch& scratc
                          .dbias = dbias, .slot = grad_slot, .nonfinite = scratch.nonfinite, .workspace = scratch.workspace,
                          .M = spec_.tokens, .N = spec_.out, .format = fp8() ? recipe_.grad_input.a.dtype : Dtype::e5m2}, stream);
     if (!fp8()) {
-        gemm.run(grad_weight_shape(), {.a = p.dy, .b = p.x, .d = dweight}, stream);
+        gemm.run(grad_weight_shape(p.position), {.a = p.dy, .b = p.x, .d = dweight}, stream);
         gemm.run(grad_input_shape(), {.a = p.dy, .b = weight_bf16, .d = p.dx}, stream);
         return;
     }
-    gemm.run(grad_weight_shape(), {.a = scratch.codes_transposed, .b = saved_input_transposed_, .d = dweight,
-                                   .a_scale = &grad_slot->inv_scale, .b_scale = &input_slot->inv_scale}, stream);
+    gemm.run(grad_weight_shape(p.position), {.a = scratch.codes_transposed, .b = saved_input_transposed_, .d = dweight,
+                                             .a_scale = &grad_slot->inv_scale, .b_scale = &input_slot->inv_scale}, stream);
     gemm.run(grad_input_shape(), {.a = scratch.codes, .b = weight_codes_transposed_, .d = p.dx,
                                   .a_scale = &grad_slot->inv_scale, .b_scale = &weight_slot->inv_scale}, stream);
 }

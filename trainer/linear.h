@@ -12,6 +12,7 @@
 #include "kernels/common/arena.h"
 #include "kernels/gemm.h"
 #include "kernels/quantize.h"
+#include "trainer/position.h"
 #include "trainer/recipe.h"
 
 // Scratch that all linears share, one stream at a time.
@@ -41,7 +42,7 @@ class Linear {
     QuantSlot* weight_slot = nullptr;       // when fp8()
     QuantSlot* input_slot = nullptr;        // amax of x, zeroed every micro-batch; null when !fp8()
     QuantSlot* grad_slot = nullptr;         // amax of dy
-    float* dweight = nullptr;               // (out, in), accumulated into
+    float* dweight = nullptr;               // (out, in), written or accumulated into: see position.h
     float* dbias = nullptr;                 // (out), accumulated into
 
     bool fp8() const { return obstacle_.empty(); }
@@ -61,13 +62,14 @@ class Linear {
         const __nv_bfloat16* dy;  // (tokens, out)
         const __nv_bfloat16* x;   // what forward got; not read when fp8()
         __nv_bfloat16* dx;        // (tokens, in)
+        Position position;
     };
     void backward(const Backward& p, Gemm& gemm, const LinearScratch& scratch, cudaStream_t stream) const;
 
   private:
     GemmShape output_shape() const;
     GemmShape grad_input_shape() const;
-    GemmShape grad_weight_shape() const;
+    GemmShape grad_weight_shape(Position position) const;
 
     LinearSpec spec_;
     const Recipe& recipe_;

@@ -17,21 +17,19 @@ class ListBuilder {
 
     int linear(const std::string& name, int out, int in, Init init) {
         return add({.name = name, .rows = out, .cols = in, .padded_rows = out, .is_vector = false, .file_transposed = true,
-                    .decays = true, .is_linear = true, .init = init, .offset = 0});
+                    .decays = true, .is_linear = true, .gemm_gradient = true, .init = init, .offset = 0});
     }
-    int embedding(const std::string& name, int rows, int cols, int padded_rows) {
+    int embedding(const std::string& name, int rows, int cols, int padded_rows, bool is_head) {
         return add({.name = name, .rows = rows, .cols = cols, .padded_rows = padded_rows, .is_vector = false,
-                    .file_transposed = false, .decays = true, .is_linear = false, .init = Init::normal, .offset = 0});
+                    .file_transposed = false, .decays = true, .is_linear = false, .gemm_gradient = is_head, .init = Init::normal, .offset = 0});
     }
     int vector(const std::string& name, int n, Init init) {
         return add({.name = name, .rows = 1, .cols = n, .padded_rows = 1, .is_vector = true, .file_transposed = false,
-                    .decays = false, .is_linear = false, .init = init, .offset = 0});
+                    .decays = false, .is_linear = false, .gemm_gradient = false, .init = init, .offset = 0});
     }
 
   private:
     int add(Parameter p) {
-        p.offset = list_.flat_elements;
-        list_.flat_elements += (p.padded_count() + 63) / 64 * 64;
         list_.all.push_back(std::move(p));
         return int(list_.all.size()) - 1;
     }
@@ -111,6 +109,18 @@ void fill_normal(const Parameter& p, float stddev, uint64_t seed, float* flat) {
     }
 }
 
+// Gives every parameter its place in the flat arrays.
+void lay_out(ParameterList& list) {
+    for (const bool gemm_gradient : {true, false}) {
+        if (!gemm_gradient) list.cleared_from = list.flat_elements;
+        for (Parameter& p : list.all) {
+            if (p.gemm_gradient != gemm_gradient) continue;
+            p.offset = list.flat_elements;
+            list.flat_elements += (p.padded_count() + 63) / 64 * 64;
+        }
+    }
+}
+
 }  // namespace
 
 int64_t ParameterList::published_count() const {
@@ -122,11 +132,12 @@ int64_t ParameterList::published_count() const {
 ParameterList make_parameters(const ModelSpec& s) {
     ParameterList list{};
     ListBuilder add(list);
-    list.wte = add.embedding("transformer.wte.weight", s.vocab_size, s.dim, s.padded_vocab());
-    list.wpe = add.embedding("transformer.wpe.weight", s.seq_len, s.dim, s.seq_len);
+    list.wte = add.embedding("transformer.wte.weight", s.vocab_size, s.dim, s.padded_vocab(), true);  // tied: also the head
+    list.wpe = add.embedding("transformer.wpe.weight", s.seq_len, s.dim, s.seq_len, false);
     for (int layer = 0; layer < s.n_layers; ++layer) list.blocks.push_back(add_block(add, s, layer));
     list.lnf_weight = add.vector("transformer.ln_f.weight", s.dim, Init::ones);
     list.lnf_bias = add.vector("transformer.ln_f.bias", s.dim, Init::zeros);
+    lay_out(list);
     return list;
 }
 

@@ -2,7 +2,8 @@
 //
 // A parameter's identity is its Hugging Face name (GPT2LMHeadModel) and its index in the Hugging Face layout: random
 // draws and files use that, so padding or transposing in memory never changes a number. In memory all parameters lie in
-// one flat float array at `offset` (a multiple of 64 elements), matrices as (out, in) row-major.
+// one flat float array at `offset` (a multiple of 64 elements), matrices as (out, in) row-major: first those whose gradient
+// a GEMM writes, then the rest, so that what a step must clear is one range.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -20,6 +21,7 @@ struct Parameter {
     bool file_transposed;   // GPT-2's Conv1D stores (in, out)
     bool decays;            // weight decay: matrices and embeddings, not norms and biases
     bool is_linear;         // a block's matmul weight: quantized when the recipe says so
+    bool gemm_gradient;     // a GEMM writes the whole gradient; that of the others is only ever added to, so it is cleared
     Init init;
     int64_t offset;         // elements, into the flat arrays
 
@@ -37,6 +39,7 @@ struct ParameterList {
     std::vector<BlockParameters> blocks;
     int wte, wpe, lnf_weight, lnf_bias;
     int64_t flat_elements;  // of each flat array, gaps included
+    int64_t cleared_from;   // [cleared_from, flat_elements): the parameters without gemm_gradient
 
     const Parameter& operator[](int i) const { return all[size_t(i)]; }
     int64_t published_count() const;  // without padding

@@ -1,4 +1,7 @@
 // What changes from step to step, in device memory, so that every graph is captured once.
+//
+// There is no random offset beside `step`: every draw is keyed by (seed, step, tensor, index), the seed is fixed for a run
+// and captured by value, so a second counter could only repeat the step or contradict it after a resume.
 #pragma once
 #include <cstdint>
 

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <set>
 
+#include "trainer/position.h"
+
 namespace {
 
 TEST(Parameters, PublishedCounts) {
@@ -27,14 +29,39 @@ TEST(Parameters, NamesAreUnique) {
 TEST(Parameters, OffsetsAreAlignedAndDisjoint) {
     for (const ModelSpec& spec : model_table()) {
         const ParameterList list = make_parameters(spec);
+        std::vector<Parameter> by_offset = list.all;
+        std::sort(by_offset.begin(), by_offset.end(), [](const Parameter& a, const Parameter& b) { return a.offset < b.offset; });
         int64_t end = 0;
-        for (const Parameter& p : list.all) {
+        for (const Parameter& p : by_offset) {
             EXPECT_EQ(p.offset % 64, 0) << p.name;
             EXPECT_GE(p.offset, end) << p.name;
             end = p.offset + p.padded_count();
         }
         EXPECT_GE(list.flat_elements, end);
     }
+}
+
+// What a step must clear is one range: exactly the gradients that no GEMM writes.
+TEST(Parameters, ClearedGradientsAreOneRange) {
+    for (const ModelSpec& spec : model_table()) {
+        const ParameterList list = make_parameters(spec);
+        for (const Parameter& p : list.all) {
+            EXPECT_EQ(p.gemm_gradient, p.is_linear || p.name == "transformer.wte.weight") << p.name;
+            EXPECT_EQ(p.gemm_gradient, p.offset + p.padded_count() <= list.cleared_from) << p.name;
+            EXPECT_EQ(!p.gemm_gradient, p.offset >= list.cleared_from) << p.name;
+        }
+    }
+}
+
+TEST(Position, FirstWritesAndLastCompletes) {
+    EXPECT_EQ(position_of(0, 1), Position::only);
+    const Position expected[] = {Position::first, Position::middle, Position::middle, Position::last};
+    for (int i = 0; i < 4; ++i) EXPECT_EQ(position_of(i, 4), expected[i]) << i;
+    for (const int n : {1, 2, 5})
+        for (int i = 0; i < n; ++i) {
+            EXPECT_EQ(starts_gradients(position_of(i, n)), i == 0) << i << " of " << n;
+            EXPECT_EQ(completes_gradients(position_of(i, n)), i == n - 1) << i << " of " << n;
+        }
 }
 
 TEST(Parameters, OnlyMatricesAndEmbeddingsDecay) {
