@@ -27,7 +27,7 @@ LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcu
 
 KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/*/*.cu)) \
                   $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/*/*.cpp))
-TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp))
+TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp trainer/run/*.cpp))
 DATA_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out data/prepare.cpp,$(wildcard data/*.cpp)))
 DEV_PROGRAMS := $(patsubst dev/%.cu,%,$(wildcard dev/*.cu))
 COMMIT := $(shell git describe --always --dirty --abbrev=9 2>/dev/null || echo unknown)
@@ -97,7 +97,7 @@ shards/cuda_headers/meta.json: | data/prepare
 RUN_GPU := --model gpt2-124M --vocab-size 257 --seq-len 1024 --micro-batch 32 --global-batch-tokens 131072 --steps 150 \
            --lr 6e-4 --warmup-steps 20 --eval-every 50 --recipe tensorwise
 RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 1000 --lr 3e-3 --warmup-steps 40 \
-           --eval-every 200 --eval-batches 64 --recipe tensorwise --log-every 25
+           --eval-every 200 --eval-tokens 65536 --recipe tensorwise --log-every 25
 .PHONY: run
 run: all shards/cuda_headers/meta.json
 	./train_gpt_fp8 --train shards/cuda_headers --val shards/cuda_headers $(if $(HAS_GPU),$(RUN_GPU),$(RUN_CPU)) $(ARGS)

@@ -77,7 +77,7 @@ void run(int argc, char** argv) {
     // As the trainer's Validation: the first samples in order. Evaluated in other batches, they are the same samples.
     const DataLoader in_order({.shards = find_shards(config.val, "val"), .seq_len = T, .samples_per_step = 1, .shuffle = false,
                                .vocab_size = model.vocab_size});
-    const int64_t val_samples = std::min(in_order.samples_per_epoch(), config.eval_batches * config.micro_batch);
+    const int64_t val_samples = std::min(in_order.samples_per_epoch(), config.eval_tokens / T);
 
     std::filesystem::create_directories(folder);
     write_parameter_file(folder + "/initial.safetensors", list, initial_state(list, model, config.seed).params);

@@ -10,7 +10,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "shards" / "cuda_headers"
 TINY = ["--model", "tiny", "--device", "cpu", "--micro-batch", "4", "--global-batch-tokens", "512", "--train", str(SHARDS), "--val", str(SHARDS),
-        "--eval-every", "4", "--eval-batches", "2", "--lr", "1e-3", "--warmup-steps", "1"]
+        "--eval-every", "4", "--eval-tokens", "512", "--lr", "1e-3", "--warmup-steps", "1"]
 
 
 def program():
@@ -63,7 +63,7 @@ def test_learns_more_than_byte_frequencies():
     entropy = json.loads((SHARDS / "meta.json").read_text())["val_byte_entropy_nats"]
     with Scratch() as out:
         train(*TINY, "--micro-batch", "16", "--global-batch-tokens", "4096", "--recipe", "tensorwise", "--steps", "120", "--lr", "3e-3", "--warmup-steps", "10",
-              "--eval-every", "120", "--eval-batches", "16", "--out", str(out / "run"))
+              "--eval-every", "120", "--eval-tokens", "16384", "--out", str(out / "run"))
         loss = records(out / "run", "eval")[-1]["loss"]
         assert loss <= entropy - 0.5, f"validation loss {loss:.3f}, unigram entropy {entropy:.3f}"
 

@@ -62,7 +62,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Training", "no-graph", "launch every kernel on its own instead of CUDA graphs; same bits"}, c.no_graph);
 
     visit(OptionInfo{"Evaluation", "eval-every", "evaluate every so many steps (0: never)"}, c.eval_every);
-    visit(OptionInfo{"Evaluation", "eval-batches", "micro-batches of an evaluation"}, c.eval_batches);
+    visit(OptionInfo{"Evaluation", "eval-tokens", "validation tokens of an evaluation, in whole sequences"}, c.eval_tokens);
 
     visit(OptionInfo{"Files", "out", "folder of log and checkpoints (empty: runs/DATE-TIME-MODEL)"}, c.out);
     visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps (0: only at the end)"}, c.checkpoint_every);
@@ -196,7 +196,7 @@ void validate_training(const Config& c) {
 void validate_files(const Config& c) {
     REQUIRE(!c.train.empty() || c.print_config, "--train: is missing; give a folder, a file or a glob of token files");
     REQUIRE(c.eval_every >= 0, "--eval-every %lld: must be at least 0", ll(c.eval_every));
-    REQUIRE(c.eval_batches >= 1, "--eval-batches %lld: must be at least 1", ll(c.eval_batches));
+    REQUIRE(c.eval_tokens >= c.model_spec().seq_len, "--eval-tokens %lld: must be at least a sequence, %d", ll(c.eval_tokens), c.model_spec().seq_len);
     REQUIRE(c.checkpoint_every >= 0, "--checkpoint-every %lld: must be at least 0", ll(c.checkpoint_every));
     REQUIRE(c.keep >= 0, "--keep %d: must be at least 0", c.keep);
     REQUIRE(c.log_every >= 1, "--log-every %lld: must be at least 1", ll(c.log_every));

@@ -37,7 +37,7 @@ struct Config {
 
     // Evaluation
     int64_t eval_every = 250;  // steps; 0: never
-    int64_t eval_batches = 20;  // micro-batches
+    int64_t eval_tokens = 655360;  // of the validation data, in whole sequences
 
     // Files
     std::string out;  // empty becomes runs/DATE-TIME-MODEL in parse_config

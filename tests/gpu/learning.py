@@ -35,7 +35,7 @@ def trainer_options(arguments, recipe, seed):
     options = {"model": arguments.model, "recipe": recipe, "seed": seed, "train": arguments.shards, "val": arguments.shards,
                "micro-batch": arguments.micro_batch, "global-batch-tokens": arguments.batch_tokens, "steps": arguments.steps,
                "lr": arguments.lr, "warmup-steps": arguments.steps // 10, "eval-every": max(1, arguments.steps // 8),
-               "eval-batches": arguments.eval_batches, "checkpoint-every": 0, "device": arguments.device}
+               "eval-tokens": arguments.eval_tokens, "checkpoint-every": 0, "device": arguments.device}
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--eval-batches", type=int, default=10, help="micro-batches of validation")
+    parser.add_argument("--eval-tokens", type=int, default=327680, help="tokens of validation")
     parser.add_argument("--device", default="gpu", choices=["gpu", "cpu"])
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--json", help="results for tests/gpu_report")

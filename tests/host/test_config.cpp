@@ -149,7 +149,7 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--global-batch-tokens", "5"}, {"nearest: 32768"}},
         {{"--global-batch-tokens", "0"}, {"--global-batch-tokens 0", "at least 1"}},
         {{"--eval-every", "-1"}, {"--eval-every -1", "at least 0"}},
-        {{"--eval-batches", "0"}, {"--eval-batches 0", "at least 1"}},
+        {{"--eval-tokens", "1023"}, {"--eval-tokens 1023", "at least a sequence, 1024"}},
         {{"--checkpoint-every", "-1"}, {"--checkpoint-every -1", "at least 0"}},
         {{"--keep", "-1"}, {"--keep -1", "at least 0"}},
         {{"--log-every", "0"}, {"--log-every 0", "at least 1"}},

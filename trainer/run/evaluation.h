@@ -1,0 +1,25 @@
+// Validation: the first sequences of the validation data, always the same ones, however many a micro-batch holds.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+#include "data/loader.h"
+#include "trainer/config.h"
+#include "trainer/engine.h"
+
+class Validation {
+  public:
+    explicit Validation(const Config& config);
+    explicit operator bool() const { return loader_ != nullptr; }  // false: no --val, or --eval-every 0
+
+    struct Result {
+        double loss;  // mean of a token
+        int64_t tokens;
+    };
+    Result run(Engine& engine) const;
+
+  private:
+    int64_t T_, B_;
+    int64_t samples_ = 0;
+    std::unique_ptr<DataLoader> loader_;
+};

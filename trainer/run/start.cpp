@@ -1,0 +1,132 @@
+#include "trainer/run/start.h"
+
+#include <cstdio>
+#include <filesystem>
+
+#include "kernels/common/check.h"
+#include "trainer/gpu_info.h"
+
+namespace fs = std::filesystem;
+using ll = long long;
+
+EngineOptions engine_options(const Config& config) {
+    const ModelSpec model = config.model_spec();
+    return {.model = model,
+            .recipe = find_recipe(config.recipe),
+            .micro_batch = config.micro_batch,
+            .seq_len = model.seq_len,
+            .micro_batches_per_step = config.micro_batches_per_step(),
+            .adamw = config.adamw(),
+            .use_graphs = !config.no_graph,
+            .deterministic = config.deterministic,
+            .gemm_cache = config.gemm_cache};
+}
+
+std::unique_ptr<Engine> make_engine(const Config& config) {
+    const EngineOptions options = engine_options(config);
+    if (config.device == "cpu") return make_reference_engine(options);
+    const std::string obstacle = gpu_obstacle();
+    if (obstacle.empty()) {
+        std::error_code ignored;  // the engine warns when it cannot write the file
+        fs::create_directories(fs::path(config.gemm_cache).parent_path(), ignored);
+        return make_gpu_engine(options);
+    }
+    REQUIRE(config.device == "auto", "--device gpu: %s", obstacle.c_str());
+    std::printf("no usable GPU (%s): using the reference device, slow and meant for small models\n", obstacle.c_str());
+    return make_reference_engine(options);
+}
+
+DataLoader training_data(const Config& config) {
+    const ModelSpec model = config.model_spec();
+    return DataLoader({.shards = find_shards(config.train, "train"), .seq_len = model.seq_len,
+                       .samples_per_step = config.global_batch_tokens / model.seq_len, .seed = config.seed, .shuffle = true,
+                       .vocab_size = model.vocab_size});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where the weights come from
+
+namespace {
+
+// A folder belongs to one run: its log and checkpoints are never mixed with another's.
+void require_own_folder(const Config& config, const std::string& resumed_from) {
+    const bool used = fs::exists(fs::path(config.out) / "log.jsonl");
+    const bool own = !resumed_from.empty() && fs::weakly_canonical(fs::path(resumed_from) / "..") == fs::weakly_canonical(config.out);
+    REQUIRE(!used || own || config.resume == "auto", "--out %s: holds the log.jsonl of another run; continue it with --resume auto, or choose another folder",
+            config.out.c_str());
+}
+
+// The data order is a function of seed, step and batch: another one would repeat and skip text without a word.
+void require_same_data_order(const Config& config, const Checkpoint& checkpoint, const std::string& path, const DataLoader& train) {
+    const CheckpointInfo& info = checkpoint.info;
+    REQUIRE(info.seed == config.seed, "--seed %llu: checkpoint %s was trained with seed %llu", (unsigned long long)config.seed, path.c_str(),
+            (unsigned long long)info.seed);
+    REQUIRE(info.tokens_per_step == config.global_batch_tokens, "--global-batch-tokens %lld: checkpoint %s was trained with %lld",
+            ll(config.global_batch_tokens), path.c_str(), ll(info.tokens_per_step));
+    REQUIRE(info.samples_per_epoch == train.samples_per_epoch(), "--train %s: has %lld samples an epoch; checkpoint %s was trained on other data, with %lld",
+            config.train.c_str(), ll(train.samples_per_epoch()), path.c_str(), ll(info.samples_per_epoch));
+    REQUIRE(checkpoint.state.step < config.steps, "--steps %lld: checkpoint %s has finished %lld steps: nothing to do", ll(config.steps), path.c_str(),
+            ll(checkpoint.state.step));
+}
+
+}  // namespace
+
+StartPoint start_point(const Config& config, const ParameterList& list, const DataLoader& train) {
+    std::string path = config.resume;
+    if (path == "auto") path = find_latest(config.out);
+    require_own_folder(config, path);
+    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed), ""};
+    Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec());
+    require_same_data_order(config, checkpoint, path, train);
+    if (checkpoint.info.recipe != config.recipe)
+        std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
+    return {std::move(checkpoint.state), path};
+}
+
+CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train) {
+    std::string choices;
+    for (const std::string& line : engine.gemm_choices()) choices += line + "\n";
+    return {.model = config.model_spec(), .recipe = config.recipe, .seed = config.seed,
+            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .config_toml = to_toml(config), .gemm_choices = choices};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the log and the terminal say first
+
+RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step) {
+    const ModelSpec model = config.model_spec();
+    double memory = 0;
+    for (const MemoryRow& row : engine.memory_table()) memory += row.bytes;
+    return {.out = config.out, .resuming = !config.resume.empty(), .first_step = first_step, .total_steps = config.steps,
+            .log_every = config.log_every, .flops = flops_per_token(model, model.seq_len),
+            .fp8_linears = find_recipe(config.recipe).quantizes(), .memory_bytes = memory, .device = engine.device_name()};
+}
+
+RunRecord run_record(const Config& config, const ParameterList& list, int argc, char** argv) {
+    std::string command;
+    for (int i = 0; i < argc; ++i) {
+        if (i > 0) command += ' ';
+        command += argv[i];
+    }
+    return {.command = command, .config_toml = to_toml(config), .commit = git_commit(), .versions = library_versions(),
+            .model = config.model_spec().name, .recipe = config.recipe, .parameters = list.published_count(),
+            .tokens_per_step = config.global_batch_tokens};
+}
+
+void print_start(const Config& config, const Engine& engine, const ParameterList& list, const DataLoader& train, const StartPoint& start) {
+    const ModelSpec m = config.model_spec();
+    std::printf("train_gpt_fp8 %s | %s", git_commit().c_str(), engine.device_name().c_str());
+    for (const auto& [name, version] : library_versions()) std::printf(" | %s %s", name.c_str(), version.c_str());
+    std::printf("\nmodel   %s: %d layers, width %d, %d heads, ffn %d, vocabulary %d (%d in memory), context %d: %lld parameters\n",
+                m.name.c_str(), m.n_layers, m.dim, m.n_heads, m.ffn_dim, m.vocab_size, m.padded_vocab(), m.seq_len, ll(list.published_count()));
+    std::printf("recipe  %s: %s\n", config.recipe.c_str(), find_recipe(config.recipe).description.c_str());
+    for (const LinearRow& row : engine.linear_table()) std::printf("  %-44s %-5s %s\n", row.name.c_str(), row.precision.c_str(), row.reason.c_str());
+    std::printf("data    %lld tokens in %zu shards, %lld samples an epoch\n", ll(train.tokens()), train.shards(), ll(train.samples_per_epoch()));
+    const double epochs = double(config.steps) * double(train.samples_per_step()) / double(train.samples_per_epoch());
+    std::printf("step    %lld tokens = %d micro-batches of %d x %d; %lld steps, %.2f epochs\n", ll(config.global_batch_tokens),
+                config.micro_batches_per_step(), config.micro_batch, m.seq_len, ll(config.steps), epochs);
+    std::printf("memory\n%s", format_memory_table(engine.memory_table()).c_str());
+    if (start.resumed_from.empty()) std::printf("start   random weights, seed %llu\n", (unsigned long long)config.seed);
+    else std::printf("start   step %lld of %s\n", ll(start.state.step), start.resumed_from.c_str());
+    std::fflush(stdout);
+}

@@ -1,0 +1,33 @@
+// Start-up: from the options to an engine, data and the state to begin with, and what is printed of them.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "data/loader.h"
+#include "trainer/checkpoint.h"
+#include "trainer/config.h"
+#include "trainer/engine.h"
+#include "trainer/metrics.h"
+
+EngineOptions engine_options(const Config& config);
+
+// The device that --device names; `auto` falls back to the reference device, and says so.
+std::unique_ptr<Engine> make_engine(const Config& config);
+
+DataLoader training_data(const Config& config);
+
+struct StartPoint {
+    TrainState state;
+    std::string resumed_from;  // folder, "" for a fresh start
+};
+
+// Initial weights, or the checkpoint of --resume. An Error if it belongs to a run that this one would not continue, or
+// if --out is the folder of another run.
+StartPoint start_point(const Config& config, const ParameterList& list, const DataLoader& train);
+
+CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train);
+
+RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step);
+RunRecord run_record(const Config& config, const ParameterList& list, int argc, char** argv);
+
+void print_start(const Config& config, const Engine& engine, const ParameterList& list, const DataLoader& train, const StartPoint& start);

@@ -1,0 +1,48 @@
+// The loop over steps: batches in, log lines out, evaluation and checkpoints in between.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "data/loader.h"
+#include "trainer/config.h"
+#include "trainer/engine.h"
+#include "trainer/metrics.h"
+#include "trainer/parameters.h"
+#include "trainer/run/evaluation.h"
+
+// Ctrl-C and SIGTERM: finish the step, save, leave. A second one ends the program at once.
+void stop_on_signals();
+
+class TrainingLoop {
+  public:
+    struct Parts {
+        const Config& config;
+        Engine& engine;  // holds the state to begin with
+        const ParameterList& list;
+        const DataLoader& train;
+        const Validation& validation;
+        RunLog& log;
+    };
+    explicit TrainingLoop(const Parts& parts);
+
+    // From state.step to config.steps. `state` is scratch for checkpoints.
+    void run(TrainState& state);
+
+  private:
+    struct Pending {
+        int64_t step;
+        float learning_rate;
+    };
+
+    bool due(int64_t every, int64_t steps_done) const;
+    void enqueue(int64_t step);
+    void finish_one();
+    void evaluate(int64_t steps_done);
+    void save(TrainState& state, int64_t steps_done);
+
+    Parts p_;
+    std::vector<int> inputs_, targets_;  // the batch being made
+    std::deque<Pending> pending_;
+    int skipped_in_a_row_ = 0;
+};
