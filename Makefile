@@ -25,6 +25,34 @@ NVCCFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arc
              $(SPILLS) -Xcompiler "-Wall -Wextra -fopenmp -Wno-unused-parameter -Wno-missing-field-initializers" $(EXTRA_NVCCFLAGS)
 LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp -Ldeps/lib -l:libpcre2-8.a
 
+# Optional libraries: used when their header is here, from where it is. Of each: the header, the folders to look in (MPI's are
+# known to Open MPI's compiler alone), what links it, and what is lost without it. What is missing is said once a build folder;
+# WITHOUT="MPI NCCL" ignores some. NCCL, MPI, CUDNN then hold the folder of the header, or nothing.
+OPTIONAL := NCCL MPI CUDNN
+SYSTEM_INCLUDES := $(CUDA)/include /usr/include /usr/include/$(shell uname -m)-linux-gnu /usr/local/include
+NCCL_HEADER := nccl.h
+NCCL_FOLDERS := $(SYSTEM_INCLUDES)
+NCCL_LIBS := -lnccl
+NCCL_LOST := no training on several GPUs
+MPI_HEADER := mpi.h
+MPI_FOLDERS := $(shell mpicxx --showme:incdirs 2>/dev/null)
+MPI_LIBS := $(shell mpicxx --showme:link 2>/dev/null)
+MPI_LOST := ranks find each other by TCP, also under mpirun
+CUDNN_HEADER := cudnn.h
+CUDNN_FOLDERS := $(SYSTEM_INCLUDES)
+CUDNN_LIBS := -lcudnn
+CUDNN_LOST := no second attention backend
+header_folder = $(if $(filter $1,$(WITHOUT)),,$(firstword $(foreach d,$($1_FOLDERS),$(if $(wildcard $d/$($1_HEADER)),$d))))
+$(foreach l,$(OPTIONAL),$(eval $l := $(call header_folder,$l)))
+ABSENT := $(foreach l,$(OPTIONAL),$(if $($l),,$l))
+$(shell mkdir -p $(BUILD) && echo '$(foreach l,$(OPTIONAL),$l=$($l))' | cmp -s - $(BUILD)/libraries.txt || { \
+  echo '$(foreach l,$(OPTIONAL),$l=$($l))' > $(BUILD)/libraries.txt; $(foreach l,$(ABSENT),echo '  $l is not here: $($l_LOST)' >&2;) })
+# $(eval $(call uses,NCCL,trainer/x)): -DTRAIN_GPT_NCCL for that object if NCCL is here, and a rebuild when that changes.
+define uses
+$(BUILD)/$2.o: $(BUILD)/libraries.txt
+$(BUILD)/$2.o: DEFINES += $(if $($1),-DTRAIN_GPT_$1 -isystem $($1))
+endef
+
 KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/*/*.cu)) \
                   $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/*/*.cpp))
 TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp trainer/run/*.cpp))
@@ -128,7 +156,7 @@ mutants: all
 	$(PYTHON) tests/mutants.py
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Libraries that the system lacks: Debian packages unpacked into deps/, which can travel to a machine without network
+# Required libraries that the system lacks: Debian packages unpacked into deps/, which can travel to a machine without network
 
 DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev
 MISSING_DEPS = $(strip $(foreach d,$(DEPS),$(if $(wildcard /usr/include/$(firstword $(subst :, ,$d)) deps/include/$(firstword $(subst :, ,$d))),,$d)))

@@ -138,3 +138,18 @@ def test_data_order_does_not_depend_on_the_micro_batch():
             losses.append([r["loss"] for r in records(out / micro_batch, "step")])
         for a, b in zip(*losses):
             assert math.isclose(a, b, rel_tol=1e-5), losses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The build
+
+
+def test_missing_optional_libraries_are_said_once():
+    with Scratch() as build:
+        def say(without):
+            return subprocess.run(["make", "-n", "layers", f"BUILD={build}", f"WITHOUT={without}"], cwd=ROOT, capture_output=True, text=True).stderr
+
+        first, again, changed = say("MPI NCCL"), say("MPI NCCL"), say("MPI")
+        assert first.count("MPI is not here: ") == 1 and first.count("NCCL is not here: ") == 1, first
+        assert "is not here" not in again, f"said again: {again}"
+        assert "MPI is not here" in changed and "NCCL=" in (build / "libraries.txt").read_text(), changed

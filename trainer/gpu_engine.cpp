@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/global_norm.h"
+#include "trainer/device_check.h"
 
 namespace {
 
@@ -11,17 +12,11 @@ void pinned_alloc(T*& pointer, size_t count) {
     CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&pointer), count * sizeof(T)));
 }
 
-// The binary holds machine code for one architecture (TRAIN_GPT_ARCH, as in make ARCH=...).
 void check_device(const Recipe& recipe) {
     cudaDeviceProp device{};
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-    const int arch = device.major * 10 + device.minor;
-    const bool runs = TRAIN_GPT_ARCH == 90 ? arch == 90 : device.major == TRAIN_GPT_ARCH / 10 && arch >= TRAIN_GPT_ARCH;
-    REQUIRE(runs, "this binary was built for sm_%d and the GPU is %s, sm_%d: build with `make ARCH=%d%s`", TRAIN_GPT_ARCH, device.name,
-            arch, arch, arch == 90 ? "a" : "");
-    REQUIRE(!recipe.quantizes() || arch >= 89, "--recipe %s: %s (sm_%d) has no FP8 tensor cores: use --recipe bf16", recipe.name.c_str(), device.name, arch);
-    REQUIRE(!recipe.quantizes() || TRAIN_GPT_ARCH >= 89, "--recipe %s: this binary was built for sm_%d, which has no FP8: use --recipe bf16 or build with `make ARCH=%d`",
-            recipe.name.c_str(), TRAIN_GPT_ARCH, arch);
+    const std::string obstacle = device_obstacle({.built_for = TRAIN_GPT_ARCH, .arch = device.major * 10 + device.minor, .name = device.name}, recipe);
+    REQUIRE(obstacle.empty(), "%s", obstacle.c_str());
 }
 
 const EngineOptions& checked(const EngineOptions& o) {
