@@ -55,14 +55,20 @@ endef
 
 KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/*/*.cu)) \
                   $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/*/*.cpp))
-TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp trainer/run/*.cpp))
+TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp trainer/run/*.cpp trainer/distributed/*.cpp))
 DATA_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out data/prepare.cpp,$(wildcard data/*.cpp)))
 DEV_PROGRAMS := $(patsubst dev/%.cu,%,$(wildcard dev/*.cu))
 COMMIT := $(shell git describe --always --dirty --abbrev=9 2>/dev/null || echo unknown)
 HOST_TESTS := $(patsubst %.cpp,$(BUILD)/%,$(wildcard tests/host/*.cpp))
 
+# MPI is a plugin that the program loads when mpirun started it: the program itself starts where there is no MPI.
+MPI_PLUGIN := $(if $(MPI),$(BUILD)/mpi_plugin.so)
+$(BUILD)/mpi_plugin.so: trainer/distributed/mpi/plugin.cpp trainer/distributed/mpi/plugin.h $(BUILD)/libraries.txt
+	@mkdir -p $(@D) && echo "  mpi  $<" && $(CXX) -std=c++20 $(OPTIMIZE) -fPIC -shared $(WARNINGS) -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX -I. \
+	  $(addprefix -isystem ,$(MPI_FOLDERS)) $< -o $@ $(MPI_LIBS)
+
 .PHONY: all
-all: train_gpt_fp8 data/prepare
+all: train_gpt_fp8 data/prepare $(MPI_PLUGIN)
 
 # Links to the build of this ARCH. make follows a link and would think the one to another ARCH up to date: hence `links`.
 train_gpt_fp8: $(BUILD)/train_gpt_fp8 links
@@ -108,7 +114,7 @@ bench-%: $(BUILD)/dev/%
 dev: $(addprefix $(BUILD)/dev/,$(DEV_PROGRAMS))
 
 .PHONY: host-tests
-host-tests: $(HOST_TESTS)
+host-tests: $(HOST_TESTS) $(MPI_PLUGIN)
 
 # The commit is compiled into one small object, rebuilt when it changes.
 $(shell mkdir -p $(BUILD) && echo '$(COMMIT)' | cmp -s - $(BUILD)/commit.txt || echo '$(COMMIT)' > $(BUILD)/commit.txt)

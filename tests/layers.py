@@ -3,7 +3,7 @@
 
     train_gpt_fp8.cu -> trainer/run -> trainer -> kernels -> kernels/common        trainer/run -> data -> kernels/common/check.h
     operations never include each other; dev/ and tests/ may include everything and nothing includes them;
-    trainer/reference never touches a kernel; format constants stand in kernels/common/dtype.h alone.
+    trainer/reference never touches a kernel; trainer/distributed knows bytes and ranks, never layers; format constants stand in kernels/common/dtype.h alone.
 """
 import pathlib
 import re
@@ -18,6 +18,7 @@ RULES = [
     ("kernels/common/", ["kernels/common/"]),
     ("kernels/", ["kernels/common/", "SELF"]),  # SELF: the operation's own NAME.h, and NAME/ if it has several backends
     ("data/", ["data/", "kernels/common/check.h"]),
+    ("trainer/distributed/", ["trainer/distributed/", "kernels/common/"]),
     ("trainer/reference/", ["trainer/", "kernels/common/check.h", "kernels/common/dtype.h", "kernels/common/step_state.h"]),
     ("trainer/run/", ["trainer/", "data/", "kernels/"]),
     ("trainer/", ["trainer/", "kernels/", "NOT trainer/run/"]),

@@ -1,0 +1,89 @@
+// Collectives among the ranks of a run, or of a group of them. Every rank of a communicator makes the same calls in the
+// same order. All work in place; a communicator of one rank does nothing.
+//
+// Two kinds: host communicators (host_communicator.h: pointers to host memory, over MPI or TCP, blocking) and NCCL
+// (nccl_communicator.h: device memory, enqueued on a stream, capturable). `trainer/distributed` knows bytes, never layers.
+//
+// Host communicators add in the order of ranks, in float: every rank gets the same bits, over MPI and over TCP.
+#pragma once
+#include <cstdint>
+
+#include "kernels/common/check.h"
+
+enum class Element : uint8_t { f32, bf16, u32 };
+constexpr int64_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
+
+enum class Reduction : uint8_t { sum, max };  // max: u32 only; sum: f32 and bf16 (rounded once at the end on the host)
+
+struct CUstream_st;  // cudaStream_t, without CUDA's headers
+
+// Bytes that this rank received, by collective; a captured call counts once, when it is captured.
+struct Traffic {
+    int64_t gathered = 0, scattered = 0, reduced = 0, broadcast = 0;
+    int64_t calls = 0;
+};
+
+class Communicator {
+  public:
+    Communicator(int rank, int size) : rank_(rank), size_(size) {}
+    virtual ~Communicator() = default;
+    Communicator(const Communicator&) = delete;
+    Communicator& operator=(const Communicator&) = delete;
+
+    int rank() const { return rank_; }
+    int size() const { return size_; }
+    const Traffic& traffic() const { return traffic_; }
+
+    // data: `count` elements; every rank gets the reduction over all ranks.
+    void all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream = nullptr) {
+        if (size_ == 1 || count == 0) return;
+        REQUIRE((reduction == Reduction::max) == (element == Element::u32), "all_reduce: max of u32 or sum of f32 or bf16 only");
+        note(traffic_.reduced, 2 * (size_ - 1) * count * bytes_of(element) / size_);
+        do_all_reduce(data, count, element, reduction, stream);
+    }
+    // data: size() slices of `count` elements; afterwards slice rank() holds the sum over all ranks, the others anything.
+    void reduce_scatter(void* data, int64_t count, Element element, CUstream_st* stream = nullptr) {
+        if (size_ == 1 || count == 0) return;
+        REQUIRE(element != Element::u32, "reduce_scatter: sum of f32 or bf16 only");
+        note(traffic_.scattered, (size_ - 1) * count * bytes_of(element));
+        do_reduce_scatter(data, count, element, stream);
+    }
+    // data: size() slices of `bytes`; slice rank() is sent, the others are received.
+    void all_gather(void* data, int64_t bytes, CUstream_st* stream = nullptr) {
+        if (size_ == 1 || bytes == 0) return;
+        note(traffic_.gathered, (size_ - 1) * bytes);
+        do_all_gather(data, bytes, stream);
+    }
+    void broadcast(void* data, int64_t bytes, int root, CUstream_st* stream = nullptr) {
+        if (size_ == 1 || bytes == 0) return;
+        REQUIRE(root >= 0 && root < size_, "broadcast from rank %d of %d", root, size_);
+        note(traffic_.broadcast, rank_ == root ? 0 : bytes);
+        do_broadcast(data, bytes, root, stream);
+    }
+
+  protected:
+    virtual void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) = 0;
+    virtual void do_reduce_scatter(void* data, int64_t count, Element element, CUstream_st* stream) = 0;
+    virtual void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) = 0;
+    virtual void do_broadcast(void* data, int64_t bytes, int root, CUstream_st* stream) = 0;
+
+  private:
+    void note(int64_t& counter, int64_t bytes) {
+        counter += bytes;
+        ++traffic_.calls;
+    }
+    int rank_, size_;
+    Traffic traffic_;
+};
+
+// One rank: no call reaches an implementation.
+class SingleCommunicator final : public Communicator {
+  public:
+    SingleCommunicator() : Communicator(0, 1) {}
+
+  private:
+    void do_all_reduce(void*, int64_t, Element, Reduction, CUstream_st*) override {}
+    void do_reduce_scatter(void*, int64_t, Element, CUstream_st*) override {}
+    void do_all_gather(void*, int64_t, CUstream_st*) override {}
+    void do_broadcast(void*, int64_t, int, CUstream_st*) override {}
+};

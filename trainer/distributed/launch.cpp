@@ -1,0 +1,55 @@
+#include "trainer/distributed/launch.h"
+
+#include <charconv>
+#include <cstring>
+
+#include "kernels/common/check.h"
+
+namespace {
+
+struct Launcher {
+    const char *name, *rank, *size, *local_rank, *job, *address;
+};
+// The first launcher whose rank and size are both set; torchrun's processes may run inside of srun, Open MPI's too.
+constexpr Launcher kLaunchers[] = {
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", nullptr},
+    {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_NAMESPACE", nullptr},
+    {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "PMI_JOBID", nullptr},
+    // A step's own count: a batch script has SLURM_NTASKS too, and is one process.
+    {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR"},
+};
+
+int number(const Environment& environment, const char* name, int least, int most) {
+    const char* text = environment(name);
+    int value = 0;
+    const auto [end, error] = std::from_chars(text, text + std::strlen(text), value);
+    REQUIRE(error == std::errc() && *end == '\0' && value >= least && value <= most, "environment variable %s=%s: must be a whole number from %d to %d",
+            name, text, least, most);
+    return value;
+}
+
+bool is_set(const Environment& environment, const char* name) {
+    const char* text = name ? environment(name) : nullptr;
+    return text && *text;
+}
+
+constexpr int kMostRanks = 65536;
+
+}  // namespace
+
+Launch find_launch(const Environment& environment) {
+    Launch launch;
+    for (const Launcher& l : kLaunchers) {
+        if (!is_set(environment, l.rank) || !is_set(environment, l.size)) continue;
+        launch.launcher = l.name;
+        launch.size = number(environment, l.size, 1, kMostRanks);
+        launch.rank = number(environment, l.rank, 0, launch.size - 1);
+        if (is_set(environment, l.local_rank)) launch.local_rank = number(environment, l.local_rank, 0, launch.size - 1);
+        if (is_set(environment, l.job)) launch.job = environment(l.job);
+        if (is_set(environment, l.address)) launch.address = environment(l.address);
+        break;
+    }
+    if (is_set(environment, "MASTER_ADDR")) launch.address = environment("MASTER_ADDR");
+    if (is_set(environment, "MASTER_PORT")) launch.port = number(environment, "MASTER_PORT", 1, 65535);
+    return launch;
+}

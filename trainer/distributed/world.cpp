@@ -1,0 +1,395 @@
+#include "trainer/distributed/world.h"
+
+#include <dlfcn.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <mutex>
+#include <sstream>
+#include <thread>
+
+#include "trainer/distributed/host_communicator.h"
+#include "trainer/distributed/mpi/plugin.h"
+
+namespace {
+
+constexpr uint64_t kMagic = 0x7470675f66703801;  // of this protocol
+constexpr int kDefaultPort = 29500;              // torchrun's
+enum Channel : int32_t { kMessages, kSignsOfLife, kChannels };
+
+template <size_t N>
+void copy_text(char (&to)[N], const std::string& text) {
+    std::snprintf(to, N, "%s", text.c_str());
+}
+
+// First words on a connection.
+struct Hello {
+    uint64_t magic;
+    int32_t rank, size, channel, process;
+    char job[64], host[64];
+};
+// Rank 0's answer, when all are there or never will be.
+struct Welcome {
+    uint64_t magic;
+    int32_t accepted, local_rank, process;
+    char host[64];
+};
+
+struct Arrived {
+    Hello hello{};
+    Socket connections[kChannels];
+};
+
+void mpi_check(const char* failed) { REQUIRE(failed == nullptr, "%s failed", failed); }
+
+// MPI_Init hangs when another rank never calls it, and the watch starts only after it.
+class StartTimer {
+  public:
+    StartTimer(double timeout_s, const std::string& line)
+        : thread_([this, timeout_s, line] {
+              std::unique_lock lock(mutex_);
+              if (done_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return over_; })) return;
+              std::fprintf(stderr, "error: %s\n", line.c_str());
+              _exit(1);
+          }) {}
+    ~StartTimer() {
+        {
+            const std::lock_guard lock(mutex_);
+            over_ = true;
+        }
+        done_.notify_all();
+        thread_.join();
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable done_;
+    bool over_ = false;
+    std::thread thread_;
+};
+
+// The plugin lies where the program lies, or above it (tests).
+std::string find_plugin() {
+    namespace fs = std::filesystem;
+    std::error_code none;
+    fs::path folder = fs::read_symlink("/proc/self/exe", none).parent_path();
+    for (int up = 0; up < 3; ++up, folder = folder.parent_path())
+        if (fs::exists(folder / kMpiPluginFile, none)) return (folder / kMpiPluginFile).string();
+    return "";
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Transports
+
+// Everything goes to rank 0 and from there to everybody: simple, and slow with many ranks or much data. A group's ranks
+// call it together with the other groups', as a program whose ranks all do the same does.
+class World::TcpTransport final : public Transport {
+  public:
+    TcpTransport(World& world, std::vector<int> members) : world_(world), members_(std::move(members)) {}
+    const char* name() const override { return "TCP"; }
+
+    void all_gather(void* data, int64_t bytes) override {
+        char* slices = static_cast<char*>(data);
+        const size_t mine = index();
+        const std::vector<std::string> all = world_.all_texts({slices + int64_t(mine) * bytes, size_t(bytes)});
+        for (size_t i = 0; i < members_.size(); ++i) std::memcpy(slices + int64_t(i) * bytes, all[size_t(members_[i])].data(), size_t(bytes));
+    }
+    void all_to_all(void* data, int64_t bytes) override {
+        char* slices = static_cast<char*>(data);
+        const size_t mine = index();
+        const std::vector<std::string> all = world_.all_texts({slices, size_t(bytes) * members_.size()});
+        for (size_t i = 0; i < members_.size(); ++i)
+            std::memcpy(slices + int64_t(i) * bytes, all[size_t(members_[i])].data() + int64_t(mine) * bytes, size_t(bytes));
+    }
+
+  private:
+    size_t index() const { return size_t(std::find(members_.begin(), members_.end(), world_.rank()) - members_.begin()); }
+    World& world_;
+    std::vector<int> members_;
+};
+
+class World::MpiTransport final : public Transport {
+  public:
+    MpiTransport(const MpiFunctions& mpi, int color, int rank) : mpi_(mpi) { mpi_check(mpi_.split(color, rank, &group_)); }
+    const char* name() const override { return "MPI"; }
+    void all_gather(void* data, int64_t bytes) override { mpi_check(mpi_.all_gather(group_, data, bytes)); }
+    void all_to_all(void* data, int64_t bytes) override { mpi_check(mpi_.all_to_all(group_, data, bytes)); }
+
+  private:
+    const MpiFunctions& mpi_;
+    void* group_ = nullptr;
+};
+
+std::unique_ptr<Transport> World::transport_of(const std::vector<int>& members, int color) {
+    if (mpi_) return std::make_unique<MpiTransport>(*mpi_, color, rank());
+    return std::make_unique<TcpTransport>(*this, members);
+}
+
+const char* World::transport() const { return alone() ? "" : mpi_ ? "MPI" : "TCP"; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Meeting
+
+struct World::Meeting {
+    std::vector<std::string> addresses;
+    int port = 0;
+    Socket listener;  // rank 0's
+};
+
+// MASTER_ADDR, or the launcher's word, or this machine; MASTER_PORT, or one that follows from the job's name.
+World::Meeting World::meeting_of_environment() const {
+    Meeting meeting;
+    meeting.addresses = {launch_.address.empty() ? "127.0.0.1" : launch_.address};
+    meeting.port = launch_.port ? launch_.port : launch_.job.empty() ? kDefaultPort : 20000 + int(std::hash<std::string>()(launch_.job) % 10000);
+    if (rank() == 0) meeting.listener = listen_on(meeting.port);
+    return meeting;
+}
+
+World::Meeting World::meeting_over_mpi() {
+    Meeting meeting;
+    std::string mine;
+    if (rank() == 0) {
+        meeting.port = launch_.port;
+        meeting.listener = listen_on(meeting.port);
+        mine = std::to_string(meeting.port);
+        if (!launch_.address.empty()) mine += " " + launch_.address;
+        for (const std::string& address : own_addresses()) mine += " " + address;
+    }
+    constexpr int kBytes = 1024;
+    REQUIRE(mine.size() < kBytes, "this machine has too many addresses: set MASTER_ADDR");
+    std::vector<char> all(size_t(kBytes) * size_t(size()));
+    std::memcpy(all.data() + int64_t(kBytes) * rank(), mine.data(), mine.size());
+    MpiTransport(*mpi_, 0, rank()).all_gather(all.data(), kBytes);
+    std::istringstream text(all.data());
+    text >> meeting.port;
+    for (std::string address; text >> address;) meeting.addresses.push_back(address);
+    return meeting;
+}
+
+void World::load_mpi(double timeout_s) {
+    const std::string path = launch_.launcher == "Open MPI" ? find_plugin() : "";
+    if (path.empty()) return;
+    // Global: Open MPI's own plugins look for its symbols.
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+    if (!library) {
+        if (rank() == 0) std::fprintf(stderr, "note: %s; the ranks talk over TCP\n", dlerror());
+        return;
+    }
+    const auto functions = reinterpret_cast<decltype(&train_gpt_mpi_functions)>(dlsym(library, kMpiPluginSymbol));
+    REQUIRE(functions, "%s: has no %s: build it again", path.c_str(), kMpiPluginSymbol);
+    int rank = 0, size = 0;
+    const StartTimer timer(timeout_s, message("rank %d: MPI_Init did not return within %g s: another rank hangs or is missing", launch_.rank, timeout_s));
+    mpi_check(functions()->start(&rank, &size));
+    REQUIRE(rank == launch_.rank && size == launch_.size, "MPI says rank %d of %d, mpirun's environment rank %d of %d: another MPI was built with than started the job",
+            rank, size, launch_.rank, launch_.size);
+    mpi_ = functions();
+}
+
+World::World(const Launch& launch, double timeout_s) : launch_(launch), host_(std::make_unique<SingleCommunicator>()) {
+    if (alone()) return;
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // the watch may end the process at any time
+    load_mpi(timeout_s);
+    Meeting meeting = mpi_ ? meeting_over_mpi() : meeting_of_environment();
+    if (rank() == 0) meet_at_rank_0(std::move(meeting), timeout_s);
+    else join_rank_0(meeting, timeout_s);
+    if (launch_.local_rank >= 0) local_rank_ = launch_.local_rank;
+    std::vector<int> everyone;
+    for (int r = 0; r < size(); ++r) everyone.push_back(r);
+    host_ = std::make_unique<HostCommunicator>(rank(), size(), transport_of(everyone, 0), watch_.get());
+}
+
+World::~World() = default;
+
+void World::join_rank_0(const Meeting& meeting, double timeout_s) {
+    std::string where;
+    for (const std::string& address : meeting.addresses) where += (where.empty() ? "" : " or ") + address;
+    Peer zero;
+    peers_.resize(1);
+    for (int channel = 0; channel < kChannels; ++channel) {
+        Socket socket = connect_before(meeting.addresses, meeting.port, seconds_from_now(timeout_s));
+        if (!socket) throw JobError(message("rank 0 of %d does not answer at %s, port %d, for %g s (MASTER_ADDR, MASTER_PORT)", size(), where.c_str(), meeting.port, timeout_s));
+        Hello hello{.magic = kMagic, .rank = rank(), .size = size(), .channel = channel, .process = getpid(), .job = {}, .host = {}};
+        copy_text(hello.job, launch_.job);
+        copy_text(hello.host, host_name());
+        socket.send_all(&hello, sizeof hello);
+        (channel == kMessages ? peers_[0] : zero.connection) = std::move(socket);
+    }
+    Welcome welcome{};
+    peers_[0].limit_receive(timeout_s + 10);  // rank 0 waits for others meanwhile
+    peers_[0].receive_all(&welcome, sizeof welcome);
+    peers_[0].limit_receive(0);
+    REQUIRE(welcome.magic == kMagic, "%s, port %d: is not rank 0 of this job", where.c_str(), meeting.port);
+    if (!welcome.accepted) _exit(1);  // rank 0 has said why
+    local_rank_ = welcome.local_rank;
+    zero.host = welcome.host;
+    zero.process = welcome.process;
+    std::vector<Peer> peers;
+    peers.push_back(std::move(zero));
+    watch_ = std::make_unique<Watch>(rank(), std::move(peers), timeout_s);
+}
+
+void World::meet_at_rank_0(Meeting meeting, double timeout_s) {
+    std::vector<Arrived> arrived{size_t(size())};
+    const auto refuse = [&](const std::string& why) {
+        const Welcome no{.magic = kMagic, .accepted = 0, .local_rank = 0, .process = getpid(), .host = {}};
+        for (Arrived& a : arrived)
+            if (a.connections[kMessages]) send(a.connections[kMessages].file(), &no, sizeof no, MSG_NOSIGNAL);
+        throw JobError(why);
+    };
+    const Clock::time_point deadline = seconds_from_now(timeout_s);
+    for (int expected = kChannels * (size() - 1); expected > 0;) {
+        Socket socket = accept_before(meeting.listener, deadline);
+        if (!socket) {
+            std::string missing;
+            for (int r = 1; r < size(); ++r)
+                if (!arrived[size_t(r)].connections[kMessages]) missing += (missing.empty() ? "" : ", ") + std::to_string(r);
+            refuse(message("rank %s of %d has not joined rank 0 at %s, port %d, within %g s", missing.c_str(), size(), host_name().c_str(), meeting.port, timeout_s));
+        }
+        Hello hello{};
+        socket.limit_receive(5);
+        try {
+            socket.receive_all(&hello, sizeof hello);
+        } catch (const Error&) {
+            continue;  // a port scanner, a rank that died at once
+        }
+        if (hello.magic != kMagic || launch_.job.substr(0, sizeof hello.job - 1) != hello.job) continue;  // of another program or job
+        if (hello.size != size() || hello.rank < 1 || hello.rank >= size() || hello.channel < 0 || hello.channel >= kChannels)
+            refuse(message("a process on %s says that it is rank %d of %d, rank 0 is one of %d", hello.host, hello.rank, hello.size, size()));
+        Arrived& a = arrived[size_t(hello.rank)];
+        if (a.connections[hello.channel]) refuse(message("rank %d joined twice, from %s and %s", hello.rank, a.hello.host, hello.host));
+        socket.limit_receive(0);
+        a.hello = hello;
+        a.connections[hello.channel] = std::move(socket);
+        --expected;
+    }
+    std::vector<Peer> peers;
+    std::vector<std::string> hosts{host_name()};
+    peers_.resize(size_t(size()));
+    for (int r = 1; r < size(); ++r) {
+        Arrived& a = arrived[size_t(r)];
+        Welcome welcome{.magic = kMagic, .accepted = 1, .local_rank = int32_t(std::count(hosts.begin(), hosts.end(), a.hello.host)), .process = getpid(), .host = {}};
+        copy_text(welcome.host, hosts[0]);
+        a.connections[kMessages].send_all(&welcome, sizeof welcome);
+        hosts.push_back(a.hello.host);
+        peers_[size_t(r)] = std::move(a.connections[kMessages]);
+        peers.push_back({.rank = r, .host = a.hello.host, .process = a.hello.process, .connection = std::move(a.connections[kSignsOfLife])});
+    }
+    watch_ = std::make_unique<Watch>(0, std::move(peers), timeout_s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Messages, groups, agreement
+
+namespace {
+
+void send_text(Socket& to, const std::string& text) {
+    const uint64_t bytes = text.size();
+    to.send_all(&bytes, sizeof bytes);
+    to.send_all(text.data(), text.size());
+}
+
+std::string receive_text(Socket& from) {
+    uint64_t bytes = 0;
+    from.receive_all(&bytes, sizeof bytes);
+    std::string text(bytes, '\0');
+    from.receive_all(text.data(), text.size());
+    return text;
+}
+
+std::string joined(const std::vector<std::string>& texts) {
+    std::string all;
+    for (const std::string& text : texts) {
+        const uint64_t bytes = text.size();
+        all.append(reinterpret_cast<const char*>(&bytes), sizeof bytes).append(text);
+    }
+    return all;
+}
+
+std::vector<std::string> parted(const std::string& all) {
+    std::vector<std::string> texts;
+    for (size_t at = 0; at < all.size();) {
+        uint64_t bytes = 0;
+        std::memcpy(&bytes, all.data() + at, sizeof bytes);
+        texts.push_back(all.substr(at + sizeof bytes, bytes));
+        at += sizeof bytes + bytes;
+    }
+    return texts;
+}
+
+}  // namespace
+
+std::vector<std::string> World::all_texts(const std::string& mine) {
+    if (alone()) return {mine};
+    const Watch::Waiting waiting(watch_.get(), "messages");
+    try {
+        return exchange_texts(mine);
+    } catch (const Error&) {
+        std::this_thread::sleep_for(std::chrono::seconds(2));  // a rank is gone: the watch knows which, and ends this process
+        throw;
+    }
+}
+
+std::vector<std::string> World::exchange_texts(const std::string& mine) {
+    if (rank() != 0) {
+        send_text(peers_[0], mine);
+        return parted(receive_text(peers_[0]));
+    }
+    std::vector<std::string> texts{mine};
+    for (int r = 1; r < size(); ++r) texts.push_back(receive_text(peers_[size_t(r)]));
+    const std::string all = joined(texts);
+    for (int r = 1; r < size(); ++r) send_text(peers_[size_t(r)], all);
+    return texts;
+}
+
+std::unique_ptr<Communicator> World::split(int color) {
+    const std::vector<std::string> colors = all_texts(std::to_string(color));
+    std::vector<int> members;
+    int mine = 0;
+    for (int r = 0; r < size(); ++r) {
+        if (colors[size_t(r)] != std::to_string(color)) continue;
+        if (r == rank()) mine = int(members.size());
+        members.push_back(r);
+    }
+    if (alone()) return std::make_unique<SingleCommunicator>();
+    std::unique_ptr<Transport> transport = transport_of(members, color);  // also of one: MPI's split is a call of all ranks
+    if (members.size() == 1) return std::make_unique<SingleCommunicator>();
+    return std::make_unique<HostCommunicator>(mine, int(members.size()), std::move(transport), watch_.get());
+}
+
+void World::require_agreement(const std::vector<Fact>& facts) {
+    std::vector<std::string> mine;
+    for (const auto& [what, value] : facts) mine.insert(mine.end(), {what, value});
+    const std::vector<std::string> all = all_texts(joined(mine));
+    const std::vector<std::string> first = parted(all[0]);
+    for (int r = 1; r < size(); ++r) {
+        const std::vector<std::string> its = parted(all[size_t(r)]);
+        for (size_t i = 0; i + 1 < std::min(first.size(), its.size()); i += 2) {
+            if (first[i] != its[i] || first[i + 1] != its[i + 1])
+                throw JobError(message("rank %d has %s %s, rank 0 has %s: start every rank with the same program, options and data", r, its[i].c_str(),
+                                       its[i + 1].c_str(), (first[i] == its[i] ? first[i + 1] : first[i] + " " + first[i + 1]).c_str()));
+        }
+        if (first.size() != its.size()) throw JobError(message("rank %d has other options than rank 0: start every rank with the same program", r));
+    }
+}
+
+void World::fail(const std::exception& error) {
+    const bool whole_job = dynamic_cast<const JobError*>(&error) != nullptr;
+    const std::string text = dynamic_cast<const std::bad_alloc*>(&error) ? "not enough host memory: choose a smaller --model or --micro-batch" : error.what();
+    if (watch_) watch_->fail(text, whole_job);
+    std::fprintf(stderr, "error: %s\n", text.c_str());
+    _exit(1);
+}
+
+void World::finish() {
+    if (alone()) return;
+    all_texts("");  // nobody leaves before all are done
+    watch_->goodbye();
+    if (mpi_) mpi_check(mpi_->finish());
+}
