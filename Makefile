@@ -28,7 +28,7 @@ LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcu
 # Optional libraries: used when their header is here, from where it is. Of each: the header, the folders to look in (MPI's are
 # known to Open MPI's compiler alone), what links it, and what is lost without it. What is missing is said once a build folder;
 # WITHOUT="MPI NCCL" ignores some. NCCL, MPI, CUDNN then hold the folder of the header, or nothing.
-OPTIONAL := NCCL MPI CUDNN
+OPTIONAL := NCCL MPI CUDNN CUDNN_FRONTEND
 SYSTEM_INCLUDES := $(CUDA)/include /usr/include /usr/include/$(shell uname -m)-linux-gnu /usr/local/include
 NCCL_HEADER := nccl.h
 NCCL_FOLDERS := $(SYSTEM_INCLUDES)
@@ -40,8 +40,10 @@ MPI_LIBS := $(shell mpicxx --showme:link 2>/dev/null)
 MPI_LOST := ranks find each other by TCP, also under mpirun
 CUDNN_HEADER := cudnn.h
 CUDNN_FOLDERS := $(SYSTEM_INCLUDES)
-CUDNN_LIBS := -lcudnn
-CUDNN_LOST := no second attention backend
+CUDNN_LOST := no --attention cudnn (needs its headers; the library is opened at run time)
+CUDNN_FRONTEND_HEADER := cudnn_frontend.h
+CUDNN_FRONTEND_FOLDERS := deps/include $(SYSTEM_INCLUDES)
+CUDNN_FRONTEND_LOST := no --attention cudnn (`make cudnn-frontend` brings it)
 header_folder = $(if $(filter $1,$(WITHOUT)),,$(firstword $(foreach d,$($1_FOLDERS),$(if $(wildcard $d/$($1_HEADER)),$d))))
 $(foreach l,$(OPTIONAL),$(eval $l := $(call header_folder,$l)))
 ABSENT := $(foreach l,$(OPTIONAL),$(if $($l),,$l))
@@ -50,8 +52,10 @@ $(shell mkdir -p $(BUILD) && echo '$(foreach l,$(OPTIONAL),$l=$($l))' | cmp -s -
 # $(eval $(call uses,NCCL,trainer/x)): -DTRAIN_GPT_NCCL for that object if NCCL is here, and a rebuild when that changes.
 define uses
 $(BUILD)/$2.o: $(BUILD)/libraries.txt
-$(BUILD)/$2.o: DEFINES += $(if $($1),-DTRAIN_GPT_$1 -isystem $($1))
+$(BUILD)/$2.o: DEFINES += $(if $($1),-DTRAIN_GPT_$1 $(addprefix -isystem ,$(filter-out /usr/include,$($1))))
 endef
+$(eval $(call uses,CUDNN,kernels/attention/cudnn))
+$(eval $(call uses,CUDNN_FRONTEND,kernels/attention/cudnn))
 
 KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/*/*.cu)) \
                   $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/*/*.cpp))
@@ -162,18 +166,25 @@ mutants: all
 	$(PYTHON) tests/mutants.py
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Required libraries that the system lacks: Debian packages unpacked into deps/, which can travel to a machine without network
+# Required libraries that the system lacks (Debian packages), and the headers of cudnn-frontend (a Python package), unpacked
+# into deps/, which can travel to a machine without network
 
 DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev
 MISSING_DEPS = $(strip $(foreach d,$(DEPS),$(if $(wildcard /usr/include/$(firstword $(subst :, ,$d)) deps/include/$(firstword $(subst :, ,$d))),,$d)))
-.PHONY: deps deps-check
-deps:
+.PHONY: deps deps-check cudnn-frontend
+deps: cudnn-frontend
 	@mkdir -p deps/download && cd deps/download && rm -f *.deb && echo "  downloading $(foreach d,$(DEPS),$(lastword $(subst :, ,$d)))" && \
 	  { apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))) || { apt-get update -qq && \
 	    apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))); }; } && \
 	  for f in *.deb; do dpkg -x $$f unpacked; done && mkdir -p ../include ../lib && \
 	  cp -r unpacked/usr/include/. ../include/ && cp $$(find unpacked/usr/lib -name '*.a') ../lib/ && \
 	  cd .. && rm -rf download && echo "  deps/ is complete: it can be copied to a machine without network"
+# Optional: without it there is no --attention cudnn.
+cudnn-frontend:
+	@$(if $(CUDNN_FRONTEND),:,mkdir -p deps/include && t=$$(mktemp -d) && \
+	  { $(PYTHON) -m pip download -q --no-deps --disable-pip-version-check -d $$t nvidia-cudnn-frontend && \
+	    $(PYTHON) -m zipfile -e $$t/*.whl $$t && cp -r $$t/include/. deps/include/ && echo "  cudnn-frontend's headers are in deps/include" || \
+	    echo "  no cudnn-frontend headers from pip: building without --attention cudnn"; }; rm -rf $$t)
 deps-check:
 	@$(if $(MISSING_DEPS),echo "  missing headers: $(MISSING_DEPS)" && $(MAKE) --no-print-directory deps,:)
 

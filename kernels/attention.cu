@@ -12,13 +12,13 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // The tables of backends. `automatic` takes the first that does not refuse; what follows mma must be asked for by name.
 
-std::string takes_all(const AttentionShape&) { return ""; }
+std::string takes_all(const AttentionShape&, const AttentionOptions&) { return ""; }
 size_t no_workspace(const AttentionShape&, const AttentionOptions&) { return 0; }
 
 template <class Arguments>
 struct Row {
     AttentionBackend id;
-    std::string (*refusal)(const AttentionShape&);
+    std::string (*refusal)(const AttentionShape&, const AttentionOptions&);
     size_t (*workspace_bytes)(const AttentionShape&, const AttentionOptions&);
     void (*run)(const Arguments&, cudaStream_t);
 
@@ -27,9 +27,11 @@ struct Row {
 
 constexpr Row<AttentionForward> kForward[] = {
     {AttentionBackend::mma, takes_all, no_workspace, mma_attention_forward},
+    {AttentionBackend::cudnn, cudnn_attention_forward_refusal, cudnn_attention_forward_workspace_bytes, cudnn_attention_forward},
 };
 constexpr Row<AttentionBackward> kBackward[] = {
     {AttentionBackend::mma, takes_all, mma_attention_backward_workspace_bytes, mma_attention_backward},
+    {AttentionBackend::cudnn, cudnn_attention_backward_refusal, cudnn_attention_backward_workspace_bytes, cudnn_attention_backward},
 };
 
 std::string describe(const AttentionShape& s) {
@@ -39,11 +41,12 @@ std::string describe(const AttentionShape& s) {
 // The row to use; `reason`, if given, receives why the rows above it are not.
 template <class Arguments>
 const Row<Arguments>& choose(std::span<const Row<Arguments>> rows, const char* direction, const AttentionShape& shape,
-                             AttentionBackend wanted, std::string* reason = nullptr) {
+                             const AttentionOptions& options, std::string* reason = nullptr) {
+    const AttentionBackend wanted = options.backend;
     std::string refusals;
     for (const Row<Arguments>& row : rows) {
         if (wanted != AttentionBackend::automatic && row.id != wanted) continue;
-        const std::string refusal = row.refusal(shape);
+        const std::string refusal = row.refusal(shape, options);
         if (refusal.empty()) {
             if (reason) *reason = refusals;
             return row;
@@ -55,10 +58,10 @@ const Row<Arguments>& choose(std::span<const Row<Arguments>> rows, const char* d
                                          : refusals.c_str()));
 }
 const Row<AttentionForward>& forward_row(const AttentionShape& s, const AttentionOptions& o, std::string* reason = nullptr) {
-    return choose<AttentionForward>(kForward, "forward", s, o.backend, reason);
+    return choose<AttentionForward>(kForward, "forward", s, o, reason);
 }
 const Row<AttentionBackward>& backward_row(const AttentionShape& s, const AttentionOptions& o, std::string* reason = nullptr) {
-    return choose<AttentionBackward>(kBackward, "backward", s, o.backend, reason);
+    return choose<AttentionBackward>(kBackward, "backward", s, o, reason);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

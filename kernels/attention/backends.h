@@ -11,3 +11,14 @@
 void mma_attention_forward(const AttentionForward& p, cudaStream_t stream);
 size_t mma_attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
 void mma_attention_backward(const AttentionBackward& p, cudaStream_t stream);
+
+// cudnn.cpp: NVIDIA's library, where it is installed; never chosen by itself.
+std::string cudnn_attention_forward_refusal(const AttentionShape& shape, const AttentionOptions& options);
+size_t cudnn_attention_forward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
+void cudnn_attention_forward(const AttentionForward& p, cudaStream_t stream);
+std::string cudnn_attention_backward_refusal(const AttentionShape& shape, const AttentionOptions& options);
+size_t cudnn_attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
+void cudnn_attention_backward(const AttentionBackward& p, cudaStream_t stream);
+
+// amax.cu, for backends that cannot do it on the way: raises slot->amax_bits to the maximum of |x|. n % 8 == 0.
+void attention_amax(const __nv_bfloat16* x, int64_t n, QuantSlot* slot, cudaStream_t stream);
