@@ -24,6 +24,9 @@ NVCCFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arc
              --expt-relaxed-constexpr -Werror all-warnings \
              $(SPILLS) -Xcompiler "-Wall -Wextra -fopenmp -Wno-unused-parameter -Wno-missing-field-initializers" $(EXTRA_NVCCFLAGS)
 LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp -Ldeps/lib -l:libpcre2-8.a
+# CUPTI is loaded at run time, by --profile alone; its headers lie beside CUDA's or here.
+$(BUILD)/trainer/cupti_profiler.o: CXXFLAGS += -isystem $(CUDA)/extras/CUPTI/include
+LDLIBS += -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64
 
 # Optional libraries: used when their header is here, from where it is. Of each: the header, the folders to look in (MPI's are
 # known to Open MPI's compiler alone), what links it, and what is lost without it. What is missing is said once a build folder;
@@ -89,9 +92,7 @@ $(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
 
 # Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, with
 # the backends in its folder kernels/NAME/ if it has one; any other dev program gets everything.
-DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o
-$(BUILD)/dev/profile.o: NVCCFLAGS += -isystem $(CUDA)/extras/CUPTI/include
-$(BUILD)/dev/profile: LDLIBS += -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64
+DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o $(BUILD)/kernels/common/mark.o
 backends = $(filter $(BUILD)/kernels/$1/%,$(KERNEL_OBJECTS))
 .SECONDEXPANSION:
 $(BUILD)/dev/%: $(BUILD)/dev/%.o $(DEV_COMMON) \

@@ -7,26 +7,20 @@
 // after CUPTI is switched on (so that its graphs' nodes are traced), runs a few steps whose kernels, copies and fills are
 // recorded. "idle" compares the device's busy time (union of all records) with the untraced step; the trace's own span is
 // longer, because tracing spreads short kernels.
-#include <cupti.h>
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <nlohmann/json.hpp>
 #include <random>
-#include <utility>
 
 #include "dev/run_options.h"
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/peak.h"
 #include "trainer/metrics.h"
+#include "trainer/profiler.h"
 
 namespace {
 
@@ -105,143 +99,13 @@ double median(std::vector<double> x) {
     return x[x.size() / 2];
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The trace
-
-struct Activity {
-    std::string name;
-    uint64_t start_ns, end_ns;
-};
-
-// CUPTI is loaded when it is needed: a toolkit without it still builds and runs everything else.
-template <class Function>
-Function* cupti_function(const char* name) {
-    static void* const library = [] {
-        for (const char* file : {"libcupti.so.13", "libcupti.so.12", "libcupti.so"})
-            if (void* handle = dlopen(file, RTLD_NOW)) return handle;
-        return static_cast<void*>(nullptr);
-    }();
-    REQUIRE(library != nullptr, "tracing needs CUPTI (libcupti.so of the CUDA Toolkit on LD_LIBRARY_PATH); --profile-steps 0 does without");
-    void* function = dlsym(library, name);
-    REQUIRE(function != nullptr, "this CUPTI has no %s", name);
-    return reinterpret_cast<Function*>(function);
-}
-#define CUPTI(name) cupti_function<decltype(name)>(#name)
-
-void cupti_check(CUptiResult status, const char* call) {
-    if (status == CUPTI_SUCCESS) return;
-    const char* text = nullptr;
-    CUPTI(cuptiGetResultString)(status, &text);
-    throw Error(message("%s: %s", call, text ? text : "unknown error"));
-}
-#define CUPTI_CHECK(name, ...) cupti_check(CUPTI(name)(__VA_ARGS__), #name)
-
-// Filled by CUPTI's own thread; read after trace_stop().
-std::mutex trace_mutex;
-std::vector<Activity> trace_records;
-size_t trace_dropped = 0;
-
-// "void (anonymous namespace)::f<(int)3>(args)" becomes "f<(int)3>".
-std::string short_name(const char* mangled) {
-    int status = 0;
-    const std::unique_ptr<char, void (*)(void*)> demangled(abi::__cxa_demangle(mangled, nullptr, nullptr, &status), std::free);
-    std::string name = status == 0 ? demangled.get() : mangled;
-    if (name.starts_with("void ")) name = name.substr(5);
-    for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
-    int depth = 0;
-    for (size_t i = 0; i < name.size(); ++i) {  // the argument list opens outside of template brackets
-        depth += name[i] == '<' ? 1 : name[i] == '>' ? -1 : 0;
-        if (name[i] == '(' && depth == 0) return name.substr(0, i);
-    }
-    return name;
-}
-
-void keep_record(const CUpti_Activity* record) {
-    if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
-        const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
-        trace_records.push_back({short_name(r->name), r->start, r->end});
-    } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
-        const auto* r = reinterpret_cast<const CUpti_ActivityMemcpy6*>(record);
-        const bool to_device = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_HTOD, to_host = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_DTOH;
-        trace_records.push_back({to_device ? "copy, host to device" : to_host ? "copy, device to host" : "copy", r->start, r->end});
-    } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
-        const auto* r = reinterpret_cast<const CUpti_ActivityMemset4*>(record);
-        trace_records.push_back({"fill", r->start, r->end});
-    }
-}
-
-void CUPTIAPI give_buffer(uint8_t** buffer, size_t* size, size_t* max_records) {
-    *size = size_t(8) << 20;
-    *max_records = 0;  // as many as fit
-    *buffer = static_cast<uint8_t*>(std::aligned_alloc(8, *size));
-}
-
-void CUPTIAPI take_buffer(CUcontext context, uint32_t stream, uint8_t* buffer, size_t, size_t valid) {
-    const std::lock_guard lock(trace_mutex);
-    CUpti_Activity* record = nullptr;
-    while (valid > 0 && CUPTI(cuptiActivityGetNextRecord)(buffer, valid, &record) == CUPTI_SUCCESS) keep_record(record);
-    size_t dropped = 0;
-    if (CUPTI(cuptiActivityGetNumDroppedRecords)(context, stream, &dropped) == CUPTI_SUCCESS) trace_dropped += dropped;
-    std::free(buffer);
-}
-
-constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET};
-
-void trace_start() {
-    CUPTI_CHECK(cuptiActivityRegisterCallbacks, give_buffer, take_buffer);
-    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityEnable, kind);
-}
-
-// What has been recorded since the last call.
-std::vector<Activity> trace_take() {
-    CUDA_CHECK(cudaDeviceSynchronize());
-    CUPTI_CHECK(cuptiActivityFlushAll, CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
-    const std::lock_guard lock(trace_mutex);
-    REQUIRE(trace_dropped == 0, "the profiler dropped %zu records", trace_dropped);
-    return std::exchange(trace_records, {});
-}
-
-struct KernelRow {
-    std::string name;
-    double calls, ms, share;  // of a step; share of the summed time
-};
-
-struct Profile {
-    double busy_ms = 0, span_ms = 0, summed_ms = 0;  // of a step
-    double launches = 0;
-    std::vector<KernelRow> rows;  // longest first
-};
-
-Profile summarize(std::vector<Activity> activities, double steps) {
-    REQUIRE(!activities.empty(), "the profiler recorded nothing");
-    std::sort(activities.begin(), activities.end(), [](const Activity& a, const Activity& b) { return a.start_ns < b.start_ns; });
-    Profile profile;
-    std::map<std::string, KernelRow> rows;
-    uint64_t busy = 0, covered_to = activities.front().start_ns;
-    for (const Activity& a : activities) {
-        if (a.end_ns > covered_to) busy += a.end_ns - std::max(a.start_ns, covered_to), covered_to = a.end_ns;
-        KernelRow& row = rows[a.name];
-        row.calls += 1 / steps;
-        row.ms += double(a.end_ns - a.start_ns) * 1e-6 / steps;
-    }
-    profile.busy_ms = double(busy) * 1e-6 / steps;
-    profile.span_ms = double(covered_to - activities.front().start_ns) * 1e-6 / steps;
-    profile.launches = double(activities.size()) / steps;
-    for (const auto& [name, row] : rows) profile.summed_ms += row.ms;
-    for (auto& [name, row] : rows) profile.rows.push_back({name, row.calls, row.ms, row.ms / profile.summed_ms});
-    std::sort(profile.rows.begin(), profile.rows.end(), [](const KernelRow& a, const KernelRow& b) { return a.ms > b.ms; });
-    return profile;
-}
-
-Profile trace(const Config& config, const TrainState& state, int64_t steps) {
-    trace_start();
+Profile trace(const Config& config, const TrainState& state, const Peak& peak, int64_t steps) {
+    const std::unique_ptr<Profiler> profiler = make_gpu_profiler(peak);
     Runner runner(config, state);
     runner.steps(2);  // captures the graphs
-    trace_take();
+    profiler->begin();
     runner.steps(steps);
-    Profile profile = summarize(trace_take(), double(steps));
-    for (const CUpti_ActivityKind kind : kKinds) CUPTI_CHECK(cuptiActivityDisable, kind);
-    return profile;
+    return profiler->end(steps);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -265,14 +129,11 @@ Throughput measure(const Config& config, Runner& runner) {
             .sol = speed_of_light(rate, flops, peak, find_recipe(config.recipe).quantizes()), .memory_gib = bytes / 0x1p30};
 }
 
+constexpr size_t kRows = 20;
+
 void print_profile(const Profile& profile, double step_ms) {
-    std::printf("busy %.2f ms of a step of %.2f ms: idle %.1f %% (traced span %.2f ms); %.0f launches\n", profile.busy_ms, step_ms,
-                100 * (1 - profile.busy_ms / step_ms), profile.span_ms, profile.launches);
-    std::printf("%9s %9s %7s  kernel\n", "calls", "ms", "share");
-    for (size_t i = 0; i < std::min<size_t>(20, profile.rows.size()); ++i) {
-        const KernelRow& row = profile.rows[i];
-        std::printf("%9.1f %9.3f %6.1f%%  %.110s\n", row.calls, row.ms, 100 * row.share, row.name.c_str());
-    }
+    std::printf("busy %.2f ms of a step of %.2f ms: idle %.1f %% (traced span %.2f ms); %.0f launches\n%s", profile.busy_ms, step_ms,
+                100 * (1 - profile.busy_ms / step_ms), profile.span_ms, profile.launches, format_profile(profile, kRows).c_str());
 }
 
 double rounded(double x) { return std::round(x * 1e4) / 1e4; }
@@ -283,6 +144,12 @@ Json train_row(const Config& config, const Throughput& t, const std::string& com
             {"seq_len", model.seq_len}, {"micro_batch", config.micro_batch}, {"tokens_per_step", config.global_batch_tokens},
             {"tokens_per_s", std::round(t.tokens_per_s)}, {"ms_per_step", rounded(t.ms)}, {"mfu", rounded(t.mfu)}, {"sol", rounded(t.sol)},
             {"memory_gib", rounded(t.memory_gib)}, {"command", command}};
+}
+
+Json kernel_json(const ProfileRow& row) {
+    Json json{{"operation", row.operation}, {"name", row.kernel}, {"calls", row.calls}, {"ms", rounded(row.ms)}};
+    if (std::isfinite(row.of_ceiling)) json["of_ceiling"] = rounded(row.of_ceiling);
+    return json;
 }
 
 void write_json(const std::string& path, const Json& json) {
@@ -314,18 +181,18 @@ bool run(int argc, char** argv) {
                 (long long)config.global_batch_tokens, t.ms, t.device_ms, format_rate(t.tokens_per_s).c_str(), format_percent(t.mfu, 1).c_str(),
                 format_percent(t.sol, 1).c_str(), t.memory_gib, runner->loss(), ok ? "" : " NOT FINITE");
     const std::string figure = message("loss %.3f", runner->loss());
+    const std::string device = runner->engine().device_name();
     runner.reset();  // its memory is the traced engine's
 
     const Json test{{"name", model.name + " " + config.recipe + " trains"}, {"status", ok ? "pass" : "fail"}, {"figure", figure}};
     Json json{{"tests", Json::array({test})}, {"bench", Json::array({train_row(config, t, command)})}};
     if (profile_steps > 0) {
-        const Profile profile = trace(config, state, profile_steps);
+        const Profile profile = trace(config, state, peak_of(device), profile_steps);
         print_profile(profile, t.ms);
         Json& row = json["bench"][0];
         row["busy_ms"] = rounded(profile.busy_ms);
         row["launches"] = profile.launches;
-        for (size_t i = 0; i < std::min<size_t>(20, profile.rows.size()); ++i)
-            row["kernels"].push_back({{"name", profile.rows[i].name}, {"calls", profile.rows[i].calls}, {"ms", rounded(profile.rows[i].ms)}});
+        for (size_t i = 0; i < std::min(kRows, profile.rows.size()); ++i) row["kernels"].push_back(kernel_json(profile.rows[i]));
     }
     if (const std::string& path = options.own.at("json"); !path.empty()) write_json(path, json);
     return ok;

@@ -13,6 +13,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 #include "kernels/common/sm_count.h"
 
 namespace {
@@ -160,6 +161,7 @@ unsigned grid_size(int64_t vectors, int unroll, int most_blocks) {
 }  // namespace
 
 void gelu_forward(const bf16* h, bf16* out, int64_t n, QuantSlot* amax, cudaStream_t stream) {
+    const Mark mark("gelu_forward", {.bytes = 4.0 * double(n)});
     require_size("gelu_forward", n);
     REQUIRE(h && out && aligned(h) && aligned(out), "gelu_forward: h and out must be non-null and 16-byte aligned");
     static const int most_blocks = blocks_on_device(forward_kernel);
@@ -169,6 +171,7 @@ void gelu_forward(const bf16* h, bf16* out, int64_t n, QuantSlot* amax, cudaStre
 }
 
 void gelu_amax(const bf16* h, int64_t n, QuantSlot* amax, cudaStream_t stream) {
+    const Mark mark("gelu_amax", {.bytes = 2.0 * double(n)});
     require_size("gelu_amax", n);
     REQUIRE(h && aligned(h) && amax, "gelu_amax: h must be non-null and 16-byte aligned, amax non-null");
     static const int most_blocks = blocks_on_device(amax_kernel);
@@ -178,6 +181,7 @@ void gelu_amax(const bf16* h, int64_t n, QuantSlot* amax, cudaStream_t stream) {
 }
 
 void gelu_backward(const bf16* h, const bf16* dout, bf16* dh, int64_t n, QuantSlot* amax, cudaStream_t stream) {
+    const Mark mark("gelu_backward", {.bytes = 6.0 * double(n)});
     require_size("gelu_backward", n);
     REQUIRE(h && dout && dh && aligned(h) && aligned(dout) && aligned(dh),
             "gelu_backward: h, dout and dh must be non-null and 16-byte aligned");

@@ -12,6 +12,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 
 namespace {
 
@@ -190,6 +191,7 @@ int adamw_plan(AdamWTensor* tensors, int count) {
 }
 
 void optimizer_prepare(const OptimizerPrepare& p, cudaStream_t stream) {
+    const Mark mark("optimizer_prepare");
     REQUIRE(p.state != nullptr && p.n_partials >= 0 && p.n_tensors >= 0,
             "optimizer_prepare: needs a state; n_partials=%d, n_tensors=%d must not be negative", p.n_partials,
             p.n_tensors);
@@ -198,6 +200,8 @@ void optimizer_prepare(const OptimizerPrepare& p, cudaStream_t stream) {
 }
 
 void adamw_update(const AdamWUpdate& p, cudaStream_t stream) {
+    // Four arrays read and three written; the last block of a tensor counts as full, the BF16 copies do not.
+    const Mark mark("adamw_update", {.bytes = 28.0 * p.blocks * kBlockElements});
     REQUIRE(aligned(p.params) && aligned(p.grads) && aligned(p.m) && aligned(p.v),
             "adamw_update: params=%p, grads=%p, m=%p, v=%p must be 16-byte aligned", static_cast<const void*>(p.params),
             static_cast<const void*>(p.grads), static_cast<const void*>(p.m), static_cast<const void*>(p.v));

@@ -6,6 +6,7 @@
 #include "kernels/attention/backends.h"
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 
 namespace {
 
@@ -77,6 +78,13 @@ void require_shape(const char* name, const AttentionShape& s) {
             "%s: B=%d x T=%d x H=%d x head_dim=%d is too large", name, s.B, s.T, s.H, s.head_dim);
 }
 
+// A product of queries and keys over the causal half: forward does two, backward five.
+MarkCost cost_of(const AttentionShape& s, int products) {
+    const double rows = double(s.B) * s.T, width = double(s.H) * s.head_dim, packed = double(s.H + 2 * s.KV) * s.head_dim;
+    const double passes_of_packed = products == 2 ? 1 : 2, passes_of_out = products == 2 ? 1 : 2;
+    return {.flops = products * rows * s.T * width, .bytes = 2 * rows * (packed * passes_of_packed + width * passes_of_out)};
+}
+
 struct Pointer {
     const char* name;
     const void* p;
@@ -97,6 +105,7 @@ size_t attention_forward_workspace_bytes(const AttentionShape& s, const Attentio
 
 void attention_forward(const AttentionForward& p, cudaStream_t stream) {
     constexpr const char* kName = "attention_forward";
+    const Mark mark(kName, cost_of(p.shape, 2));
     require_shape(kName, p.shape);
     require_aligned(kName, {{"qkv", p.qkv}, {"out", p.out}, {"lse", p.lse}});
     const Row<AttentionForward>& row = forward_row(p.shape, p.options);
@@ -111,6 +120,7 @@ size_t attention_backward_workspace_bytes(const AttentionShape& s, const Attenti
 
 void attention_backward(const AttentionBackward& p, cudaStream_t stream) {
     constexpr const char* kName = "attention_backward";
+    const Mark mark(kName, cost_of(p.shape, 5));
     require_shape(kName, p.shape);
     require_aligned(kName, {{"qkv", p.qkv}, {"out", p.out}, {"dout", p.dout}, {"lse", p.lse}, {"dqkv", p.dqkv}});
     const Row<AttentionBackward>& row = backward_row(p.shape, p.options);

@@ -19,6 +19,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 #include "kernels/common/sm_count.h"
 
 namespace {
@@ -314,6 +315,7 @@ void launch_row_in_registers(const Classifier& p, int shared_bytes, cudaStream_t
 }  // namespace
 
 void classifier(const Classifier& p, cudaStream_t stream) {
+    const Mark mark("classifier", {.bytes = 2.0 * p.rows * p.V * (p.gradient_scale ? 2 : 1)});
     REQUIRE(p.rows > 0, "classifier: rows=%d must be positive", p.rows);
     REQUIRE(p.V > 0 && p.V <= p.Vp, "classifier: V=%d must be positive and at most Vp=%d", p.V, p.Vp);
     REQUIRE(p.Vp % kColumns == 0, "classifier: Vp=%d must be a multiple of %d", p.Vp, kColumns);
@@ -330,6 +332,7 @@ void classifier(const Classifier& p, cudaStream_t stream) {
 
 void accumulate_loss(const float* losses, int n, const float* scale, float* sum, uint32_t* nonfinite,
                      cudaStream_t stream) {
+    const Mark mark("accumulate_loss", {.bytes = 4.0 * n});
     REQUIRE(n > 0, "accumulate_loss: n=%d must be positive", n);
     REQUIRE(losses && sum, "accumulate_loss: losses and sum must not be null");
     accumulate_loss_kernel<<<1, kMaxThreads, 0, stream>>>(losses, n, scale, sum, nonfinite);

@@ -20,6 +20,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 
 namespace {
 
@@ -245,6 +246,7 @@ void require_shape(const char* what, int B, int T, int C) {
 }  // namespace
 
 void embedding_forward(const EmbeddingForward& p, cudaStream_t stream) {
+    const Mark mark("embedding_forward", {.bytes = 4.0 * p.B * p.T * p.C + 2.0 * p.T * p.C});
     require_shape("embedding_forward", p.B, p.T, p.C);
     REQUIRE(aligned(p.wte) && aligned(p.wpe) && aligned(p.out),
             "embedding_forward: wte=%p, wpe=%p, out=%p must be 16-byte aligned", static_cast<const void*>(p.wte),
@@ -262,6 +264,8 @@ size_t embedding_backward_workspace_bytes(int B, int T, int C, int V) {
 }
 
 void embedding_backward(const EmbeddingBackward& p, cudaStream_t stream) {
+    // dwte: only the rows of tokens that occur, unknown here and not counted.
+    const Mark mark("embedding_backward", {.bytes = 2.0 * p.B * p.T * p.C + 8.0 * p.T * p.C});
     require_shape("embedding_backward", p.B, p.T, p.C);
     REQUIRE(aligned(p.dout) && aligned(p.dwte) && aligned(p.dwpe),
             "embedding_backward: dout=%p, dwte=%p, dwpe=%p must be 16-byte aligned", static_cast<const void*>(p.dout),

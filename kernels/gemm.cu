@@ -37,6 +37,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 
 namespace {
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;
@@ -168,6 +169,7 @@ struct Plan {
     Owned<cublasLtMatrixLayout_t> a, b, d;  // ours: cuBLASLt's B, A and D
     cublasLtMatmulAlgo_t algorithm;
     float beta;
+    std::string mark;
 };
 
 template <class T>
@@ -289,6 +291,14 @@ std::string GemmShape::key() const {
                    name_of(layout_a), name_of(layout_b), bias ? " bias" : "", accumulate ? " accumulate" : "",
                    fast_accumulation ? " fast" : "");
 }
+
+namespace {
+MarkCost cost_of(const GemmShape& s) {
+    const double M = s.M, N = s.N, K = s.K, passes_of_d = s.accumulate ? 2 : 1;
+    return {.flops = 2 * M * N * K, .format = s.a,
+            .bytes = M * K * double(bytes_of(s.a)) + N * K * double(bytes_of(s.b)) + M * N * double(bytes_of(s.d)) * passes_of_d};
+}
+}  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -495,6 +505,7 @@ void Gemm::plan(const GemmShape& shape) {
     check_shape(shape);
     GemmChoice choice{.key = shape.key(), .algorithm = 0, .candidates = 0, .us = 0, .first_us = 0, .from_cache = false};
     Plan plan = describe(shape);
+    plan.mark = message("gemm %dx%dx%d %s*%s>%s", shape.M, shape.N, shape.K, name_of(shape.a), name_of(shape.b), name_of(shape.d));
     // The library looks at these pointers' alignment when it chooses.
     const void* const one = impl_->one.get();
     set_pointers(plan, {.a_scale = is_fp8(shape.a) ? static_cast<const float*>(one) : nullptr,
@@ -515,6 +526,7 @@ void Gemm::plan(const GemmShape& shape) {
 void Gemm::run(const GemmShape& shape, const GemmOperands& operands, cudaStream_t stream) {
     const auto plan = impl_->plans.find(shape);
     REQUIRE(plan != impl_->plans.end(), "gemm %s: this shape was not planned", shape.key().c_str());
+    const Mark mark(plan->second.mark.c_str(), cost_of(shape));
     check_operands(shape, operands);
     const cublasStatus_t status = impl_->enqueue(plan->second, operands, stream);
     REQUIRE(status == CUBLAS_STATUS_SUCCESS, "gemm %s failed: %s", shape.key().c_str(),

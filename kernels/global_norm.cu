@@ -8,6 +8,7 @@
 
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 
 namespace {
 
@@ -47,6 +48,7 @@ __global__ void __launch_bounds__(kThreads) sum_of_squares_kernel(const float* _
 int global_norm_partials() { return kBlocks; }
 
 void sum_of_squares(const float* x, int64_t n, float* partials, cudaStream_t stream) {
+    const Mark mark("sum_of_squares", {.bytes = 4.0 * double(n)});
     REQUIRE(n >= 0 && n % 4 == 0, "sum_of_squares: n=%lld must be a multiple of 4", static_cast<long long>(n));
     REQUIRE(reinterpret_cast<uintptr_t>(x) % 16 == 0, "sum_of_squares: x=%p must be 16-byte aligned",
             static_cast<const void*>(x));

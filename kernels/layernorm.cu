@@ -17,6 +17,7 @@
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 #include "kernels/common/sm_count.h"
 
 namespace {
@@ -398,6 +399,7 @@ int launch_backward(const LayerNormBackward& p, int threads, cudaStream_t stream
 }  // namespace
 
 void layernorm_forward(const LayerNormForward& p, cudaStream_t stream) {
+    const Mark mark("layernorm_forward", {.bytes = 2.0 * p.rows * p.C * (p.delta ? 4 : 2)});
     require_shape("layernorm_forward", p.rows, p.C);
     REQUIRE(p.residual && p.weight && p.bias && p.out && p.mean && p.rstd && (!p.delta || p.residual_out),
             "layernorm_forward: a required pointer is null");
@@ -423,6 +425,7 @@ size_t layernorm_backward_workspace_bytes(int C) {
 }
 
 void layernorm_backward(const LayerNormBackward& p, cudaStream_t stream) {
+    const Mark mark("layernorm_backward", {.bytes = 2.0 * p.rows * p.C * (p.dresidual_in ? 4 : 3)});
     require_shape("layernorm_backward", p.rows, p.C);
     REQUIRE(p.x && p.dout && p.weight && p.mean && p.rstd && p.dresidual_out && p.dweight && p.dbias && p.workspace,
             "layernorm_backward: a required pointer is null");

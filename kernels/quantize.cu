@@ -27,6 +27,7 @@
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/dependent_launch.cuh"
 #include "kernels/common/device.cuh"
+#include "kernels/common/mark.h"
 #include "kernels/common/sm_count.h"
 
 namespace {
@@ -450,6 +451,7 @@ size_t quantize_workspace_bytes(int M, int N) {
 }
 
 void quantize_activation(const QuantizeActivation& p, cudaStream_t stream) {
+    const Mark mark("quantize_activation", {.bytes = double(p.M) * p.N * (2 + (p.q != nullptr) + (p.qt != nullptr))});
     REQUIRE(p.M > 0 && p.N > 0, "quantize_activation: M=%d, N=%d must be positive", p.M, p.N);
     REQUIRE(is_fp8(p.format), "quantize_activation: format %s must be e4m3 or e5m2", name_of(p.format));
     REQUIRE(p.q != nullptr || p.qt != nullptr || p.dbias != nullptr,
@@ -498,6 +500,7 @@ int64_t quantize_weights_plan(QuantizeWeight* tensors, int count) {
 
 void quantize_weights(const QuantizeWeight* device_tensors, int count, int64_t tiles, Dtype format,
                       const uint32_t* skip, uint32_t* nonfinite, cudaStream_t stream) {
+    const Mark mark("quantize_weights", {.bytes = 6.0 * double(tiles) * kTile * kTile});  // tiles at an edge count as full
     REQUIRE(is_fp8(format), "quantize_weights: format %s must be e4m3 or e5m2", name_of(format));
     REQUIRE(count >= 0 && tiles >= count && tiles < (int64_t(1) << 31), "quantize_weights: %d tensors of %lld tiles",
             count, static_cast<long long>(tiles));

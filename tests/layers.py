@@ -19,7 +19,7 @@ RULES = [
     ("kernels/", ["kernels/common/", "SELF"]),  # SELF: the operation's own NAME.h, and NAME/ if it has several backends
     ("data/", ["data/", "kernels/common/check.h"]),
     ("trainer/distributed/", ["trainer/distributed/", "kernels/common/"]),
-    ("trainer/reference/", ["trainer/", "kernels/common/check.h", "kernels/common/dtype.h", "kernels/common/step_state.h"]),
+    ("trainer/reference/", ["trainer/", "kernels/common/check.h", "kernels/common/dtype.h", "kernels/common/mark.h", "kernels/common/step_state.h"]),
     ("trainer/run/", ["trainer/", "data/", "kernels/"]),
     ("trainer/", ["trainer/", "kernels/", "NOT trainer/run/"]),
     ("train_gpt_fp8.cu", ["trainer/", "data/", "kernels/common/"]),

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "kernels/common/mark.h"
 #include "kernels/global_norm.h"
 #include "trainer/device_check.h"
 
@@ -119,6 +120,7 @@ GpuEngine::Staging& GpuEngine::next_staging() {
 }
 
 void GpuEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
+    const Mark mark("step", int(in.step));
     Staging& s = next_staging();
     s.follows = back_to_back_ ? &staging_[(enqueued_ - 1) % kStagings] : nullptr;
     if (s.follows == nullptr) CUDA_CHECK(cudaEventRecord(s.begin, stream_));
@@ -151,6 +153,7 @@ void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::spa
     // Everything before adam_t belongs to one step and starts from zero; adam_t and skipped_steps live on the device.
     CUDA_CHECK(cudaMemcpyAsync(state_, s.state, offsetof(StepState, adam_t), cudaMemcpyHostToDevice, stream_));
     for (int i = 0; i < options_.micro_batches_per_step; ++i) {
+        const Mark mark("micro-batch", i);
         const Position position = position_of(i, options_.micro_batches_per_step);
         CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), s.inputs + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
         CUDA_CHECK(cudaMemcpyAsync(model_.targets(), s.targets + size_t(i) * tokens, tokens * sizeof(int), cudaMemcpyHostToDevice, stream_));
@@ -159,6 +162,7 @@ void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::spa
 }
 
 void GpuEngine::enqueue_optimizer() {
+    const Mark mark("optimizer");
     sum_of_squares(arrays_.grads, list_.flat_elements, norm_partials_, stream_);
     optimizer_prepare({.state = state_, .norm_partials = norm_partials_, .n_partials = global_norm_partials(),
                        .tensors = adamw_tensors_, .n_tensors = int(list_.all.size()), .config = options_.adamw}, stream_);

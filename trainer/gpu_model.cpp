@@ -4,6 +4,7 @@
 
 #include "kernels/classifier.h"
 #include "kernels/common/cuda_check.h"
+#include "kernels/common/mark.h"
 #include "kernels/embedding.h"
 #include "kernels/layernorm.h"
 
@@ -139,8 +140,7 @@ std::vector<LinearRow> GpuModel::linear_table() const {
     for (int i = 0; i < kLinearsPerBlock; ++i) {  // the blocks are alike
         const Linear& linear = linear_of(blocks_[0], i);
         const std::string size = message("%d x %d, %zu blocks", linear.spec().out, linear.spec().in, blocks_.size());
-        const std::string name = linear.spec().name.substr(linear.spec().name.find('.', 2) + 1);
-        rows.push_back({name + " (" + size + ")", linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle()});
+        rows.push_back({linear.kind() + (" (" + size + ")"), linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle()});
     }
     rows.push_back({message("head, tied to wte (%d x %d)", options_.model.vocab_size, options_.model.dim), "BF16", "the head always runs in BF16"});
     return rows;
@@ -173,6 +173,7 @@ GemmShape GpuModel::head_grad_weight_shape(int rows, bool accumulate) const {
 void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t stream) const {
     const ModelSpec& m = options_.model;
     const __nv_bfloat16* wte = bf16_copy(list_.wte);
+    const Mark mark("head");
     for (int first = 0; first < tokens_; first += chunk_) {
         const int rows = std::min(chunk_, tokens_ - first);
         const __nv_bfloat16* x = final_norm_out_ + int64_t(first) * m.dim;
@@ -193,11 +194,15 @@ void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t s
 
 void GpuModel::forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t stream) const {
     const ModelSpec& m = options_.model;
+    const Mark mark("forward");
     CUDA_CHECK(cudaMemsetAsync(micro_slots_, 0, blocks_.size() * kLinearsPerBlock * 2 * sizeof(QuantSlot), stream));
     embedding_forward({.tokens = inputs_, .wte = bf16_copy(list_.wte), .wpe = bf16_copy(list_.wpe), .out = blocks_[0].x1(),
                        .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim}, stream);
     Residual stream_pair{.residual = blocks_[0].x1(), .delta = nullptr};
-    for (const Block& block : blocks_) stream_pair = block.forward(stream_pair, keep_for_backward, gemm, scratch_, stream);
+    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
+        const Mark layer_mark("layer", int(layer));
+        stream_pair = blocks_[layer].forward(stream_pair, keep_for_backward, gemm, scratch_, stream);
+    }
     layernorm_forward({.residual = stream_pair.residual, .delta = stream_pair.delta, .residual_out = final_x_,
                        .weight = final_norm_.weight, .bias = final_norm_.bias, .out = final_norm_out_, .mean = final_mean_,
                        .rstd = final_rstd_, .amax = nullptr, .rows = tokens_, .C = m.dim}, stream);
@@ -212,12 +217,15 @@ void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stre
     head(position, gemm, stream);
     accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
 
+    const Mark mark("backward");
     layernorm_backward({.x = final_x_, .dout = scratch_.dbranch, .weight = final_norm_.weight, .mean = final_mean_,
                         .rstd = final_rstd_, .dresidual_in = nullptr, .dresidual_out = scratch_.dresidual,
                         .dweight = final_norm_.dweight, .dbias = final_norm_.dbias, .amax = blocks_.back().fc2.grad_slot,
                         .workspace = scratch_.norm_workspace, .rows = tokens_, .C = m.dim}, stream);
-    for (size_t layer = blocks_.size(); layer-- > 0;)
+    for (size_t layer = blocks_.size(); layer-- > 0;) {
+        const Mark layer_mark("layer", int(layer));
         blocks_[layer].backward(position, layer > 0 ? blocks_[layer - 1].fc2.grad_slot : nullptr, gemm, scratch_, stream);
+    }
     embedding_backward({.tokens = inputs_, .dout = scratch_.dresidual, .dwte = arrays_.grads + list_[list_.wte].offset,
                         .dwpe = arrays_.grads + list_[list_.wpe].offset, .workspace = embedding_workspace_,
                         .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim, .V = m.padded_vocab()}, stream);

@@ -1,6 +1,7 @@
 #include "trainer/linear.h"
 
 #include "kernels/common/check.h"
+#include "kernels/common/mark.h"
 
 Linear::Linear(const LinearSpec& spec, const Recipe& recipe) : spec_(spec), recipe_(recipe) {
     obstacle_ = recipe.quantizes() ? fp8_obstacle(spec.out, spec.in) : "recipe " + recipe.name;
@@ -52,6 +53,7 @@ QuantizeWeight Linear::quantize_weight(const float* master) const {
 }
 
 void Linear::forward(const Forward& p, Gemm& gemm, const LinearScratch& scratch, cudaStream_t stream) const {
+    const Mark mark(kind());
     if (!fp8()) {
         gemm.run(output_shape(), {.a = p.x, .b = weight_bf16, .d = p.y, .bias = bias}, stream);
         return;
@@ -64,6 +66,7 @@ void Linear::forward(const Forward& p, Gemm& gemm, const LinearScratch& scratch,
 }
 
 void Linear::backward(const Backward& p, Gemm& gemm, const LinearScratch& scratch, cudaStream_t stream) const {
+    const Mark mark(kind());
     // One pass over dy: its column sums are the bias gradient, and in FP8 both orientations of its codes.
     quantize_activation({.x = p.dy, .q = fp8() ? scratch.codes : nullptr, .qt = fp8() ? scratch.codes_transposed : nullptr,
                          .dbias = dbias, .slot = grad_slot, .nonfinite = scratch.nonfinite, .workspace = scratch.workspace,

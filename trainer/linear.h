@@ -48,6 +48,7 @@ class Linear {
     bool fp8() const { return obstacle_.empty(); }
     const std::string& obstacle() const { return obstacle_; }  // why not FP8
     const LinearSpec& spec() const { return spec_; }
+    const char* kind() const { return spec_.name.c_str() + spec_.name.find('.', 2) + 1; }  // "attn.c_attn" of "h.3.attn.c_attn"
     QuantizeWeight quantize_weight(const float* master) const;
 
     struct Forward {

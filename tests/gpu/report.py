@@ -68,7 +68,11 @@ def entries():
         if "run_dev_program(" not in source.read_text():
             continue  # a tool
         own = [f"dev/{source.stem}", "dev/harness"]
+<<<<<<< HEAD
         kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "trainer/reference/quantizer"]
+=======
+        kernel = [f"kernels/{source.stem}", "kernels/common/mark", "trainer/reference/quantizer"]
+>>>>>>> 8976b4d (marks: NVTX ranges at every launcher with the least work each must do; trainer/profiler maps CUPTI's records to them, through graph nodes too; dev/profile uses it)
         linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
         found.append(Entry(source.stem, [[str(BUILD / "dev" / source.stem)]], own + linked))
     library = library_objects()

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/common/mark.h"
 #include "trainer/reference/parallel.h"
 
 namespace reference {
@@ -12,6 +13,7 @@ constexpr int64_t kBlock = 16384;  // elements of a range
 }
 
 float global_norm(const float* grads, int64_t n) {
+    const Mark mark("global_norm");
     std::vector<double> partials(size_t((n + kBlock - 1) / kBlock));
     parallel_ranges(n, kBlock, [&](int64_t begin, int64_t end) {
         double sum = 0;
@@ -64,6 +66,7 @@ REFERENCE_VECTORIZED void update_range(const Slice& s, int64_t begin, int64_t en
 }  // namespace
 
 void adamw_update(const ParameterList& list, const AdamWConfig& config, const StepState& state, const AdamWUpdate& p) {
+    const Mark mark("adamw_update");
     if (state.skip_update) return;
     for (const Parameter& parameter : list.all) {
         const Slice slice{config, state, p, parameter.decays ? config.weight_decay : 0.0f};

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/common/mark.h"
 #include "trainer/reference/ops.h"
 #include "trainer/reference/parallel.h"
 
@@ -100,6 +101,7 @@ int64_t work_of_head(const AttentionShape& s) { return int64_t(s.T) * s.T * (4 +
 }  // namespace
 
 void attention_forward(const AttentionForward& p) {
+    const Mark mark("attention_forward");
     parallel_ranges(int64_t(p.shape.B) * p.shape.H, grain_for(work_of_head(p.shape)), [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {
             const Head head = head_of(p.shape, p.qkv, index);
@@ -109,6 +111,7 @@ void attention_forward(const AttentionForward& p) {
 }
 
 void attention_backward(const AttentionBackward& p) {
+    const Mark mark("attention_backward");
     const int64_t C = int64_t(p.shape.H) * p.shape.head_dim;
     parallel_ranges(int64_t(p.shape.B) * p.shape.H, grain_for(work_of_head(p.shape)), [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {

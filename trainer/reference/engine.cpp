@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "kernels/common/check.h"
+#include "kernels/common/mark.h"
 #include "trainer/reference/adamw.h"
 #include "trainer/reference/linear.h"
 #include "trainer/reference/matmul.h"
@@ -217,8 +218,10 @@ void ReferenceEngine::check_tokens(std::span<const int> inputs, std::span<const 
 
 void ReferenceEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
     const auto start = std::chrono::steady_clock::now();
+    const Mark mark("step", int(in.step));
     state_.in = in;
     forward_backward(inputs, targets);
+    const Mark optimizer_mark("optimizer");
     reference::optimizer_prepare(options_.adamw, reference::global_norm(grads_.data(), list_.flat_elements), state_);
     if (!state_.skip_update) {
         reference::adamw_update(list_, options_.adamw, state_,
@@ -253,6 +256,7 @@ void ReferenceEngine::forward_backward(std::span<const int> inputs, std::span<co
     state_.nonfinite = 0;
     double loss = 0;
     for (int i = 0; i < options_.micro_batches_per_step; ++i) {
+        const Mark mark("micro-batch", i);
         const int* micro_inputs = inputs.data() + size_t(i) * size_t(rows_);
         forward(micro_inputs);
         loss += head(targets.data() + size_t(i) * size_t(rows_), Gradient::yes) * double(state_.in.inverse_valid_tokens);
@@ -276,6 +280,7 @@ void ReferenceEngine::linear_forward(Linear& linear, const std::vector<float>& x
 }
 
 void ReferenceEngine::forward(const int* inputs) {
+    const Mark mark("forward");
     const ModelSpec& m = options_.model;
     reference::embedding_forward({.tokens = inputs, .wte = effective(list_.wte), .wpe = effective(list_.wpe),
                                   .out = blocks_.front().x1.data(), .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim});
@@ -286,6 +291,7 @@ void ReferenceEngine::forward(const int* inputs) {
 
 // x1 -> x2 -> x1 of the block above, or x_final_.
 void ReferenceEngine::forward_block(Block& b, int layer) {
+    const Mark mark("layer", layer);
     const BlockParameters& p = list_.blocks[size_t(layer)];
     const ModelSpec& m = options_.model;
     norm_forward(b.x1, {p.ln1_weight, p.ln1_bias}, b.norm1, b.y1);
@@ -309,6 +315,7 @@ void ReferenceEngine::forward_block(Block& b, int layer) {
 
 // The head shares its weight with the token embedding: both add to one gradient. Rows of the padded vocabulary take no part.
 double ReferenceEngine::head(const int* targets, Gradient gradient) {
+    const Mark mark("head");
     const int V = options_.model.vocab_size, C = options_.model.dim;
     for (int row = 0; row < rows_; row += head_chunk_) {
         const int rows = std::min(head_chunk_, rows_ - row);
@@ -351,6 +358,7 @@ void ReferenceEngine::linear_backward(Linear& linear, const Affine& at, const st
 }
 
 void ReferenceEngine::backward(const int* inputs) {
+    const Mark mark("backward");
     norm_backward(x_final_, norm_final_, {list_.lnf_weight, list_.lnf_bias}, false);
     for (size_t layer = blocks_.size(); layer-- > 0;) backward_block(blocks_[layer], int(layer));
     reference::embedding_backward({.tokens = inputs, .dout = dresidual_.data(), .dwte = grad(list_.wte), .dwpe = grad(list_.wpe),
@@ -359,6 +367,7 @@ void ReferenceEngine::backward(const int* inputs) {
 
 // dresidual_: gradient of the block's output on entry, of its input on return.
 void ReferenceEngine::backward_block(Block& b, int layer) {
+    const Mark mark("layer", layer);
     const BlockParameters& p = list_.blocks[size_t(layer)];
     const ModelSpec& m = options_.model;
     linear_backward(b.fc2, {p.fc2_weight, p.fc2_bias}, b.activation, dresidual_, dhidden_);

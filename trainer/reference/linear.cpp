@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/common/check.h"
+#include "kernels/common/mark.h"
 #include "trainer/reference/matmul.h"
 #include "trainer/reference/ops.h"
 #include "trainer/reference/quantizer.h"
@@ -35,6 +36,7 @@ void Linear::set_weight(const float* master, float* effective) {
 
 Linear::Operand Linear::operand(const float* x, int64_t n, Dtype format, std::vector<float>& codes, uint32_t* nonfinite) const {
     if (!fp8_) return {x, 1.0f};
+    const Mark mark("quantize");
     const float amax = amax_of({x, size_t(n)});
     if (!std::isfinite(amax)) *nonfinite = 1;
     const float scale = scale_from_amax(amax, format);

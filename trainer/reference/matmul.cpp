@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/common/mark.h"
 #include "trainer/reference/parallel.h"
 
 namespace reference {
@@ -74,6 +75,7 @@ void multiply_panel(const Matmul& p, int first_row, int last_row, int col, const
 }  // namespace
 
 void matmul(const Matmul& p) {
+    const Mark mark("matmul");
     const int panels = (p.N + kTileCols - 1) / kTileCols, blocks = (p.M + kTaskRows - 1) / kTaskRows;
     const int64_t panel_size = int64_t(p.K) * kTileCols;
     static thread_local std::vector<float> packed_storage;  // kept from call to call: growing it costs page faults

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/common/mark.h"
 #include "trainer/reference/parallel.h"
 
 namespace reference {
@@ -109,10 +110,12 @@ void classify_row(const Classifier& p, int64_t row) {
 }  // namespace
 
 void add(const float* a, const float* b, float* out, int64_t n) {
+    const Mark mark("add");
     parallel_ranges(n, grain_for(1), [&](int64_t begin, int64_t end) { add_range(a + begin, b + begin, out + begin, end - begin); });
 }
 
 void add_column_sums(const float* x, float* sums, int rows, int N) {
+    const Mark mark("add_column_sums");
     parallel_column_blocks(rows, N, [&](int64_t begin, int64_t end) {
         sum_columns({.x = x + begin, .sums = sums + begin, .stride = N, .rows = rows, .cols = int(end - begin)});
     });
@@ -121,6 +124,7 @@ void add_column_sums(const float* x, float* sums, int rows, int N) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void embedding_forward(const EmbeddingForward& p) {
+    const Mark mark("embedding_forward");
     parallel_ranges(int64_t(p.B) * p.T, grain_for(p.C), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
             add_range(p.wte + int64_t(p.tokens[i]) * p.C, p.wpe + i % p.T * p.C, p.out + i * p.C, p.C);
@@ -129,6 +133,7 @@ void embedding_forward(const EmbeddingForward& p) {
 
 // A range of columns walks all rows in order, so equal tokens and equal positions need no care.
 void embedding_backward(const EmbeddingBackward& p) {
+    const Mark mark("embedding_backward");
     parallel_column_blocks(p.B * p.T, p.C, [&](int64_t begin, int64_t end) {
         for (int64_t i = 0; i < int64_t(p.B) * p.T; ++i) {
             const float* dout = p.dout + i * p.C;
@@ -143,12 +148,14 @@ void embedding_backward(const EmbeddingBackward& p) {
 }
 
 void layernorm_forward(const LayerNormForward& p) {
+    const Mark mark("layernorm_forward");
     parallel_ranges(p.rows, grain_for(4 * p.C), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) layernorm_row_forward(p, row);
     });
 }
 
 void layernorm_backward(const LayerNormBackward& p) {
+    const Mark mark("layernorm_backward");
     parallel_column_blocks(p.rows, p.C, [&](int64_t begin, int64_t end) {
         const int cols = int(end - begin);
         sum_columns({.x = p.dout + begin, .sums = p.dbias + begin, .stride = p.C, .rows = p.rows, .cols = cols});
@@ -161,12 +168,14 @@ void layernorm_backward(const LayerNormBackward& p) {
 }
 
 void gelu_forward(const float* h, float* out, int64_t n) {
+    const Mark mark("gelu_forward");
     parallel_ranges(n, grain_for(4), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) out[i] = h[i] * gelu_parts(h[i]).gate;
     });
 }
 
 void gelu_backward(const float* h, const float* dout, float* dh, int64_t n) {
+    const Mark mark("gelu_backward");
     parallel_ranges(n, grain_for(4), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const auto [gate, slope] = gelu_parts(h[i]);
@@ -176,6 +185,7 @@ void gelu_backward(const float* h, const float* dout, float* dh, int64_t n) {
 }
 
 void classifier(const Classifier& p) {
+    const Mark mark("classifier");
     parallel_ranges(p.rows, grain_for(4 * p.V), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) classify_row(p, row);
     });

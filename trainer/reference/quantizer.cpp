@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/common/check.h"
+#include "kernels/common/mark.h"
 #include "trainer/reference/parallel.h"
 
 uint16_t bf16_bits(float x) {
@@ -106,6 +107,7 @@ REFERENCE_VECTORIZED void round_range_to_fp8(const float* x, float scale, Dtype 
 }  // namespace
 
 void round_to_bf16(const float* x, float* out, int64_t n) {
+    const Mark mark("round_to_bf16");
     reference::parallel_ranges(n, reference::grain_for(1), [&](int64_t begin, int64_t end) {
         round_range_to_bf16(x + begin, out + begin, end - begin);
     });

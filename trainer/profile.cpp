@@ -1,0 +1,111 @@
+#include "trainer/profile.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/common/check.h"
+#include "trainer/metrics.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Marks
+
+int MarkLog::enter(const MarkInfo& mark) {
+    const Operation& around = operations_[size_t(stack_.empty() ? 0 : entries_[size_t(stack_.back())].operation)];
+    Operation inside = around;
+    if (mark.instance < 0) {
+        if (!inside.name.empty()) inside.name += ' ';
+        inside.name += mark.name;
+        if (inside.phase.empty()) inside.phase = mark.name;
+    }
+    const auto [at, is_new] = index_.try_emplace(inside.name, int(operations_.size()));
+    if (is_new) operations_.push_back(inside);
+    entries_.push_back({at->second, mark.cost, 0});
+    stack_.push_back(int(entries_.size()) - 1);
+    return stack_.back();
+}
+
+void MarkLog::forget() {
+    REQUIRE(stack_.empty(), "%zu marks are open", stack_.size());
+    entries_.clear();
+}
+
+const std::string& MarkLog::operation(int entry) const {
+    return operations_[size_t(entry == kNone ? 0 : entries_[size_t(entry)].operation)].name;
+}
+
+const std::string& MarkLog::phase(int entry) const {
+    return operations_[size_t(entry == kNone ? 0 : entries_[size_t(entry)].operation)].phase;
+}
+
+double MarkLog::ideal_s(int entry, const Peak& peak) const {
+    if (entry == kNone) return 0;
+    const Entry& e = entries_[size_t(entry)];
+    const double tflops = is_fp8(e.cost.format) ? peak.fp8_tflops : peak.bf16_tflops;
+    const double compute = tflops > 0 ? e.cost.flops / (tflops * 1e12) : 0;
+    const double traffic = peak.memory_tb_per_s > 0 ? e.cost.bytes / (peak.memory_tb_per_s * 1e12) : 0;
+    return std::max(compute, traffic) / std::max(1, e.kernels);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The table
+
+namespace {
+
+struct Sum {
+    double calls = 0, ms = 0, ideal_ms = 0;
+    std::map<std::string, double> kernels;  // ms
+};
+
+ProfileRow row_of(const std::string& operation, const Sum& sum, double summed_ms) {
+    const auto longest = std::max_element(sum.kernels.begin(), sum.kernels.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+    return {.operation = operation, .kernel = longest->first, .calls = sum.calls, .ms = sum.ms, .share = sum.ms / summed_ms,
+            .of_ceiling = sum.ideal_ms > 0 ? sum.ideal_ms / sum.ms : std::numeric_limits<double>::quiet_NaN()};
+}
+
+void add_to_phase(std::vector<Profile::Phase>& phases, const std::string& name, double ms) {
+    const auto at = std::find_if(phases.begin(), phases.end(), [&](const Profile::Phase& phase) { return phase.name == name; });
+    if (at == phases.end()) phases.push_back({name, ms});
+    else at->ms += ms;
+}
+
+}  // namespace
+
+Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, double steps) {
+    REQUIRE(!records.empty(), "the profiler recorded nothing");
+    std::sort(records.begin(), records.end(), [](const ProfileRecord& a, const ProfileRecord& b) { return a.start_ns < b.start_ns; });
+    Profile profile;
+    std::map<std::pair<std::string, std::string>, Sum> sums;  // what has no cost of its own is told apart by its kernel
+    uint64_t busy = 0, covered_to = records.front().start_ns;
+    for (const ProfileRecord& r : records) {
+        if (r.end_ns > covered_to) busy += r.end_ns - std::max(r.start_ns, covered_to), covered_to = r.end_ns;
+        const double ms = double(r.end_ns - r.start_ns) * 1e-6 / steps;
+        Sum& sum = sums[{marks.operation(r.entry), r.ideal_s > 0 ? "" : r.kernel}];
+        sum.calls += 1 / steps;
+        sum.ms += ms;
+        sum.ideal_ms += r.ideal_s * 1e3 / steps;
+        sum.kernels[r.kernel] += ms;
+        profile.summed_ms += ms;
+        const std::string& phase = marks.phase(r.entry);
+        add_to_phase(profile.phases, phase.empty() ? "other" : phase, ms);
+    }
+    profile.busy_ms = double(busy) * 1e-6 / steps;
+    profile.span_ms = double(covered_to - records.front().start_ns) * 1e-6 / steps;
+    profile.launches = double(records.size()) / steps;
+    for (const auto& [key, sum] : sums) profile.rows.push_back(row_of(key.first, sum, profile.summed_ms));
+    std::sort(profile.rows.begin(), profile.rows.end(), [](const ProfileRow& a, const ProfileRow& b) { return a.ms > b.ms; });
+    return profile;
+}
+
+std::string format_profile(const Profile& profile, size_t rows) {
+    std::string text = message("%9s %7s %8s %11s  %-44s %s\n", "ms", "share", "calls", "of ceiling", "operation", "kernel");
+    for (size_t i = 0; i < std::min(rows, profile.rows.size()); ++i) {
+        const ProfileRow& r = profile.rows[i];
+        text += message("%9.3f %7s %8.1f %11s  %-44s %.60s\n", r.ms, format_percent(r.share, 1).c_str(), r.calls,
+                        format_percent(r.of_ceiling, 0).c_str(), r.operation.empty() ? "(no mark)" : r.operation.c_str(), r.kernel.c_str());
+    }
+    text += "phases";
+    for (const Profile::Phase& phase : profile.phases)
+        text += message(" | %s %.3f ms, %s", phase.name.c_str(), phase.ms, format_percent(phase.ms / profile.summed_ms, 1).c_str());
+    return text + "\n";
+}

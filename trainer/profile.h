@@ -1,0 +1,73 @@
+// Where a step's time goes: records of work, each with the mark (kernels/common/mark.h) it belongs to, become a table of
+// operations with their share and their part of the ceiling.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels/common/mark.h"
+#include "kernels/common/peak.h"
+
+// The marks that were entered. An operation is a mark's name below the names of the marks around it; marks with an instance
+// (layer 3, step 12) are left out of it, so that what they have in common is added up.
+class MarkLog {
+  public:
+    static constexpr int kNone = -1;
+
+    int enter(const MarkInfo& mark);  // returns the entry
+    void leave() { stack_.pop_back(); }
+    int current() const { return stack_.empty() ? kNone : stack_.back(); }
+    void forget();  // every entry; no mark may be open
+
+    // Several kernels may belong to one entry: they share its cost.
+    void count_kernel(int entry) { if (entry != kNone) ++entries_[size_t(entry)].kernels; }
+
+    const std::string& operation(int entry) const;       // "" for kNone
+    const std::string& phase(int entry) const;           // the outermost name of the operation, "" for kNone
+    double ideal_s(int entry, const Peak& peak) const;   // of one of the entry's kernels; 0 when there is no cost or no peak
+    int kernels(int entry) const { return entry == kNone ? 0 : entries_[size_t(entry)].kernels; }
+
+  private:
+    struct Operation {
+        std::string name, phase;
+    };
+    struct Entry {
+        int operation;
+        MarkCost cost;
+        int kernels;
+    };
+    std::vector<Operation> operations_{{"", ""}};
+    std::map<std::string, int> index_{{"", 0}};
+    std::vector<Entry> entries_;
+    std::vector<int> stack_;
+};
+
+struct ProfileRecord {
+    std::string kernel;  // "" when only the operation is known
+    int entry;           // of the MarkLog
+    uint64_t start_ns, end_ns;
+    double ideal_s;
+};
+
+struct ProfileRow {
+    std::string operation, kernel;  // the kernel that took the most of the operation's time
+    double calls, ms, share;        // of a step; share of the summed time
+    double of_ceiling;              // ideal time over measured time, NaN when nothing is known about the operation
+};
+
+struct Profile {
+    double busy_ms = 0, span_ms = 0, summed_ms = 0;  // of a step: union of the records, first start to last end, sum
+    double launches = 0;
+    std::vector<ProfileRow> rows;  // longest first
+    struct Phase {
+        std::string name;
+        double ms;
+    };
+    std::vector<Phase> phases;     // in order of first appearance
+};
+
+Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, double steps);
+
+// The table for people: one line a row, at most `rows` of them, then the phases.
+std::string format_profile(const Profile& profile, size_t rows);
