@@ -34,7 +34,7 @@ void train(const Config& config, int argc, char** argv, Clock::time_point progra
     RunLog log(log_options(config, *engine, start.state.step), run_record(config, list, argc, argv));
     std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
     stop_on_signals();
-    TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log}).run(start.state);
+    TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log, .state = start.state}).run();
 }
 
 void run(int argc, char** argv) {

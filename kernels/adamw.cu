@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kPrepareThreads) optimizer_prepare_kernel(cons
         const float norm = float(sqrt(sums[0]));
         state.grad_norm = norm;
         if (!isfinite(norm) || !isfinite(state.loss_sum)) state.nonfinite = 1;
-        skip = state.nonfinite != 0;
+        skip = state.nonfinite != 0 || state.loss_sum > state.in.loss_limit || norm > state.in.grad_norm_limit;
         state.skip_update = skip;
         const float limit = p.config.max_grad_norm;
         state.clip_scale = limit > 0.0f ? fminf(1.0f, limit / (norm + 1e-6f)) : 1.0f;

@@ -25,7 +25,8 @@ struct AdamWTensor {
 // Fills in first_block of the host copy and returns the number of blocks of the update's grid.
 int adamw_plan(AdamWTensor* tensors, int count);
 
-// One block: grad_norm = sqrt(sum of partials); raises nonfinite for a non-finite norm or loss_sum; decides skip_update;
+// One block: grad_norm = sqrt(sum of partials); raises nonfinite for a non-finite norm or loss_sum; decides skip_update
+// (nonfinite, or loss_sum or norm above the step's limits);
 // clip_scale = min(1, max_grad_norm / (grad_norm + 1e-6))  (torch.nn.utils.clip_grad_norm_); advances adam_t or
 // skipped_steps; bias corrections; zeroes amax_bits of every tensor's slot unless the update is skipped.
 struct OptimizerPrepare {

@@ -51,6 +51,14 @@ void write_text_file(const std::string& path, const std::string& text) {
     REQUIRE(ok, "%s: cannot write: %s", path.c_str(), std::strerror(errno));
 }
 
+// A full disk is better found before the last byte of it is taken.
+void require_space(const std::string& folder, uint64_t bytes) {
+    std::error_code unknown;
+    const fs::space_info space = fs::space(folder, unknown);
+    REQUIRE(unknown || space.available >= bytes, "%s: needs %.2f GiB of disk, %.2f GiB are free", folder.c_str(),
+            double(bytes) / (1 << 30), double(space.available) / (1 << 30));
+}
+
 void rename_path(const std::string& from, const std::string& to) {
     REQUIRE(std::rename(from.c_str(), to.c_str()) == 0, "%s: cannot rename to %s: %s", from.c_str(), to.c_str(),
             std::strerror(errno));
@@ -68,8 +76,23 @@ bool is_checkpoint_name(const std::string& name) {
     return name.starts_with("step_") && name.size() > 5 && name.find_first_not_of("0123456789", 5) == std::string::npos;
 }
 
+// Where two folders cannot be exchanged, replacing one is two renames. After a crash between them, the old one comes back.
+void restore_replaced(const std::string& out_dir) {
+    const std::string ending = ".replaced";
+    std::error_code error;
+    std::vector<std::string> names;
+    for (const fs::directory_entry& entry : fs::directory_iterator(out_dir, error)) {
+        const std::string name = entry.path().filename().string();
+        if (name.starts_with(".") && name.ends_with(ending)) names.push_back(name.substr(1, name.size() - 1 - ending.size()));
+    }
+    for (const std::string& name : names)
+        if (is_checkpoint_name(name) && !fs::exists(out_dir + "/" + name, error))
+            fs::rename(out_dir + "/." + name + ending, out_dir + "/" + name, error);  // in a folder that is read-only it stays hidden
+}
+
 // What a crash left: ".step_000123.tmp", ".replaced" or ".deleted".
 void remove_leftovers(const std::string& out_dir) {
+    restore_replaced(out_dir);
     std::vector<fs::path> leftovers;
     for (const fs::directory_entry& entry : fs::directory_iterator(out_dir)) {
         const std::string name = entry.path().filename().string();
@@ -88,6 +111,7 @@ struct Header {
     CheckpointInfo info;
     int64_t step, adam_t, skipped_steps;
     int64_t saved_ns;  // since 1970
+    std::vector<RecentStep> recent;
     std::map<std::string, uint64_t> files;  // sizes
 };
 
@@ -103,6 +127,8 @@ Json header_json(const Header& h) {
     json["adam_t"] = h.adam_t;
     json["skipped_steps"] = h.skipped_steps;
     json["saved_ns"] = h.saved_ns;
+    json["recent"] = Json::array();  // [step, loss, norm]
+    for (const RecentStep& r : h.recent) json["recent"].push_back({r.step, r.loss, r.grad_norm});
     json["model"] = model_json(h.info.model);
     json["recipe"] = h.info.recipe;
     json["seed"] = h.info.seed;
@@ -132,6 +158,7 @@ Header read_header(const std::string& folder) {
                 kFormatVersion);
         h.step = json.at("step"), h.adam_t = json.at("adam_t"), h.skipped_steps = json.at("skipped_steps");
         h.saved_ns = json.at("saved_ns");
+        for (const Json& r : json.value("recent", Json::array())) h.recent.push_back({r.at(0), r.at(1), r.at(2)});
         h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = json.at("seed"),
                   .tokens_per_step = json.at("tokens_per_step"),
                   .samples_per_epoch = json.at("samples_per_epoch"), .config_toml = json.at("config"),
@@ -286,10 +313,25 @@ void write_folder(const std::string& folder, const CheckpointInfo& info, const P
     write_parts(folder + "/" + kAdamFile, list, {{"adam.m.", &state.m}, {"adam.v.", &state.v}});
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     Header header{.info = info, .step = state.step, .adam_t = state.adam_t, .skipped_steps = state.skipped_steps,
-                  .saved_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(), .files = {}};
+                  .saved_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(),
+                  .recent = state.recent, .files = {}};
     for (const char* file : {kParamsFile, kAdamFile}) header.files[file] = fs::file_size(folder + "/" + file);
     write_text_file(folder + "/" + kInfoFile, header_json(header).dump(2, ' ', false, Json::error_handler_t::replace));
     sync_folder(folder);
+}
+
+// From its hidden name to its real one. A checkpoint of that step, if there is one, is there until the new one is.
+void publish_folder(const std::string& out_dir, const std::string& name) {
+    const std::string path = out_dir + "/" + name, temporary = out_dir + "/." + name + ".tmp", replaced = out_dir + "/." + name + ".replaced";
+    if (!fs::exists(path)) {
+        rename_path(temporary, path);
+    } else if (renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, path.c_str(), RENAME_EXCHANGE) != 0) {  // not on every file system
+        rename_path(path, replaced);
+        rename_path(temporary, path);
+    }
+    sync_folder(out_dir);
+    fs::remove_all(replaced);
+    fs::remove_all(temporary);  // the old one, if they were exchanged
 }
 
 }  // namespace
@@ -302,16 +344,14 @@ std::string save_checkpoint(const std::string& out_dir, const CheckpointInfo& in
         REQUIRE(flat->size() == size_t(list.flat_elements) || (flat != &state.params && flat->empty()),
                 "save_checkpoint: flat array of %zu elements, must be %lld", flat->size(), ll(list.flat_elements));
     const std::string name = message("step_%06lld", ll(state.step)), path = out_dir + "/" + name;
-    const std::string temporary = out_dir + "/." + name + ".tmp", replaced = out_dir + "/." + name + ".replaced";
+    const std::string temporary = out_dir + "/." + name + ".tmp";
     try {
         fs::create_directories(out_dir);
         remove_leftovers(out_dir);
+        require_space(out_dir, 3 * sizeof(float) * uint64_t(list.published_count()));
         fs::create_directory(temporary);
         write_folder(temporary, info, list, state);
-        if (fs::exists(path)) rename_path(path, replaced);
-        rename_path(temporary, path);
-        sync_folder(out_dir);
-        fs::remove_all(replaced);
+        publish_folder(out_dir, name);
     } catch (const std::exception& error) {
         std::error_code ignored;  // a full disk gets its space back
         fs::remove_all(temporary, ignored);
@@ -331,6 +371,7 @@ void prune_checkpoints(const std::string& out_dir, int keep) {
 }
 
 std::string find_latest(const std::string& out_dir) {
+    restore_replaced(out_dir);
     const std::vector<Found> found = complete_checkpoints(out_dir);
     return found.empty() ? "" : out_dir + "/" + found.front().name;
 }
@@ -344,6 +385,7 @@ Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, c
     read_parts(path + "/" + kParamsFile, list, {{"", &c.state.params}});
     read_parts(path + "/" + kAdamFile, list, {{"adam.m.", &c.state.m}, {"adam.v.", &c.state.v}});
     c.state.step = header.step, c.state.adam_t = header.adam_t, c.state.skipped_steps = header.skipped_steps;
+    c.state.recent = header.recent;
     return c;
 }
 

@@ -51,12 +51,16 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Training", "lr", "peak learning rate"}, c.lr);
     visit(OptionInfo{"Training", "min-lr-factor", "the schedule ends at this factor times lr"}, c.min_lr_factor);
     visit(OptionInfo{"Training", "warmup-steps", "linear warm-up (-1: min(700, steps / 20))"}, c.warmup_steps);
-    visit(OptionInfo{"Training", "schedule", "after the warm-up: cosine or constant"}, c.schedule);
+    visit(OptionInfo{"Training", "schedule", "after the warm-up: cosine, linear, wsd (constant, then linear) or constant"}, c.schedule);
+    visit(OptionInfo{"Training", "decay-fraction", "wsd decays over this fraction of the steps, the last ones"}, c.decay_fraction);
     visit(OptionInfo{"Training", "weight-decay", "AdamW, of matrices and embeddings"}, c.weight_decay);
     visit(OptionInfo{"Training", "beta1", "AdamW"}, c.beta1);
     visit(OptionInfo{"Training", "beta2", "AdamW"}, c.beta2);
     visit(OptionInfo{"Training", "eps", "AdamW"}, c.eps);
     visit(OptionInfo{"Training", "max-grad-norm", "gradients are clipped to this norm (0: never)"}, c.max_grad_norm);
+    visit(OptionInfo{"Training", "outlier-window", "steps that a step's loss and norm are compared with (0: no detection)"}, c.outlier_window);
+    visit(OptionInfo{"Training", "outlier-z", "a loss or norm so many standard deviations above their mean is an outlier"}, c.outlier_z);
+    visit(OptionInfo{"Training", "skip-outliers", "leave the weights as they are in such a step: none, loss, norm or both"}, c.skip_outliers);
     visit(OptionInfo{"Training", "seed", "of initial weights and data order"}, c.seed);
     visit(OptionInfo{"Training", "deterministic", "pin GEMM algorithms, so that runs agree bit for bit"}, c.deterministic);
     visit(OptionInfo{"Training", "no-graph", "launch every kernel on its own instead of CUDA graphs; same bits"}, c.no_graph);
@@ -184,6 +188,12 @@ void validate_training(const Config& c) {
     REQUIRE(c.warmup_steps >= 0 && c.warmup_steps <= c.steps, "--warmup-steps %lld: must be from 0 to --steps %lld",
             ll(c.warmup_steps), ll(c.steps));
     find_decay(c.schedule);
+    REQUIRE(c.decay_fraction >= 0 && c.decay_fraction <= 1, "--decay-fraction %g: must be from 0 to 1", double(c.decay_fraction));
+    REQUIRE(c.outlier_window == 0 || (c.outlier_window >= 8 && c.outlier_window <= 100000), "--outlier-window %d: must be 0, or from 8 to 100000", c.outlier_window);
+    REQUIRE(c.outlier_z > 0 && std::isfinite(c.outlier_z), "--outlier-z %g: must be above 0 and finite", double(c.outlier_z));
+    const std::string& skip = c.skip_outliers;
+    REQUIRE(skip == "none" || skip == "loss" || skip == "norm" || skip == "both", "--skip-outliers %s: must be none, loss, norm or both", skip.c_str());
+    REQUIRE(skip == "none" || c.outlier_window > 0, "--skip-outliers %s: needs --outlier-window above 0", skip.c_str());
     REQUIRE(c.weight_decay >= 0 && std::isfinite(c.weight_decay), "--weight-decay %g: must be at least 0 and finite",
             double(c.weight_decay));
     REQUIRE(c.beta1 >= 0 && c.beta1 < 1, "--beta1 %g: must be at least 0 and below 1", double(c.beta1));
@@ -284,7 +294,7 @@ AdamWConfig Config::adamw() const {
 
 Schedule Config::lr_schedule() const {
     return {.decay = find_decay(schedule), .peak = lr, .min_factor = min_lr_factor, .warmup_steps = warmup_steps,
-            .total_steps = steps};
+            .total_steps = steps, .decay_fraction = decay_fraction};
 }
 
 Config parse_config(int argc, char** argv) {

@@ -27,10 +27,14 @@ struct Config {
     float lr = 6e-4f;
     float min_lr_factor = 0.1f;
     int64_t warmup_steps = -1;        // -1 becomes min(700, steps / 20) in parse_config
-    std::string schedule = "cosine";  // cosine | constant
+    std::string schedule = "cosine";  // cosine | linear | wsd | constant
+    float decay_fraction = 0.2f;      // of the steps, for wsd
     float weight_decay = 0.1f;
     float beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
     float max_grad_norm = 1.0f;  // 0: no clipping
+    int outlier_window = 128;             // steps that a step is compared with; 0: no detection
+    float outlier_z = 6.0f;               // standard deviations above their mean
+    std::string skip_outliers = "none";   // none | loss | norm | both
     uint64_t seed = 1337;
     bool deterministic = false;
     bool no_graph = false;
@@ -56,6 +60,8 @@ struct Config {
     int micro_batches_per_step() const;            // global_batch_tokens / micro_batch_tokens(); exact once validated
     AdamWConfig adamw() const;
     Schedule lr_schedule() const;
+    bool skips_loss_outliers() const { return skip_outliers == "loss" || skip_outliers == "both"; }
+    bool skips_norm_outliers() const { return skip_outliers == "norm" || skip_outliers == "both"; }
 };
 
 // Command line over TOML file over defaults, completed and validated. Prints help and exits with status 0 on --help;

@@ -2,6 +2,7 @@
 // implement it, so the loop, checkpoints, logs and tests are written once.
 #pragma once
 #include <cstdint>
+#include <future>
 #include <memory>
 #include <span>
 #include <string>
@@ -43,7 +44,10 @@ class Engine {
     virtual ~Engine() = default;
 
     virtual void load(const TrainState& state) = 0;  // empty moments mean zeros
-    virtual void save(TrainState& state) = 0;  // waits for the device; fills everything but `step`
+    // Starts to copy the state as it is after the steps enqueued so far into `into`, all but `step` and `recent`. Further
+    // steps can be enqueued meanwhile: the one that would change the state waits. `into` must stay until the future is ready.
+    virtual std::shared_future<void> snapshot(TrainState& into) = 0;
+    void save(TrainState& state) { snapshot(state).get(); }
 
     // One optimizer step on micro_batches_per_step * micro_batch sequences of seq_len tokens. A negative target is
     // masked. Only enqueues the work on a GPU: call collect() once for every enqueued step, in order, at most two behind.

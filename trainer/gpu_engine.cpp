@@ -73,6 +73,7 @@ GpuEngine::GpuEngine(const EngineOptions& options)
 }
 
 GpuEngine::~GpuEngine() {
+    snapshot_.wait();
     cudaStreamSynchronize(stream_);
     for (Staging& s : staging_) {
         cudaFreeHost(s.inputs);
@@ -125,6 +126,7 @@ void GpuEngine::enqueue_step(const StepInputs& in, std::span<const int> inputs, 
     s.follows = back_to_back_ ? &staging_[(enqueued_ - 1) % kStagings] : nullptr;
     if (s.follows == nullptr) CUDA_CHECK(cudaEventRecord(s.begin, stream_));
     enqueue_micro_batches(s, in, inputs, targets);
+    snapshot_.wait();
     optimizer_graph_.run(options_.use_graphs, stream_, [&] { enqueue_optimizer(); });
     CUDA_CHECK(cudaMemcpyAsync(s.state, state_, sizeof(StepState), cudaMemcpyDeviceToHost, stream_));
     CUDA_CHECK(cudaEventRecord(s.done, stream_));
@@ -205,6 +207,7 @@ double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> tar
 // State in and out
 
 void GpuEngine::load(const TrainState& state) {
+    snapshot_.wait();
     back_to_back_ = false;
     const size_t bytes = size_t(list_.flat_elements) * sizeof(float);
     REQUIRE(state.params.size() * sizeof(float) == bytes, "load: %zu parameters, the model has %lld", state.params.size(), (long long)list_.flat_elements);
@@ -225,21 +228,18 @@ void GpuEngine::load(const TrainState& state) {
     CUDA_CHECK(cudaStreamSynchronize(stream_));
 }
 
-void GpuEngine::save(TrainState& state) {
-    back_to_back_ = false;
-    const size_t n = size_t(list_.flat_elements);
-    const auto download = [&](std::vector<float>& host, const float* device) {
-        host.resize(n);
-        CUDA_CHECK(cudaMemcpyAsync(host.data(), device, n * sizeof(float), cudaMemcpyDeviceToHost, stream_));
-    };
-    download(state.params, arrays_.params);
-    download(state.m, m_);
-    download(state.v, v_);
-    StepState now{};
-    CUDA_CHECK(cudaMemcpyAsync(&now, state_, sizeof now, cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
-    state.adam_t = now.adam_t;
-    state.skipped_steps = now.skipped_steps;
+// Masters, moments and Adam's t change in the optimizer graph alone, so they can be read beside the micro-batches of the
+// next step, whose optimizer graph is enqueued when all is read.
+std::shared_future<void> GpuEngine::snapshot(TrainState& into) {
+    const size_t n = size_t(list_.flat_elements), bytes = n * sizeof(float);
+    for (std::vector<float>* flat : {&into.params, &into.m, &into.v}) flat->resize(n);
+    const std::shared_future<void> copied = snapshot_.start({{&snapshot_state_, state_, sizeof(StepState)}, {into.params.data(), arrays_.params, bytes},
+                                                             {into.m.data(), m_, bytes}, {into.v.data(), v_, bytes}}, stream_);
+    return std::async(std::launch::deferred, [this, copied, &into] {
+               copied.get();
+               into.adam_t = snapshot_state_.adam_t;
+               into.skipped_steps = snapshot_state_.skipped_steps;
+           }).share();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include "trainer/cuda_graph.h"
 #include "trainer/engine.h"
 #include "trainer/gpu_model.h"
+#include "trainer/host_copier.h"
 
 class GpuEngine final : public Engine {
   public:
@@ -16,7 +17,7 @@ class GpuEngine final : public Engine {
     ~GpuEngine() override;
 
     void load(const TrainState& state) override;
-    void save(TrainState& state) override;
+    std::shared_future<void> snapshot(TrainState& into) override;
     void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     StepResult collect() override;
     int steps_ahead() const override { return 1; }
@@ -70,5 +71,7 @@ class GpuEngine final : public Engine {
 
     Staging staging_[kStagings];
     int64_t enqueued_ = 0, collected_ = 0;
+    HostCopier snapshot_;
+    StepState snapshot_state_{};
     bool back_to_back_ = false;  // nothing but the step enqueued last has used the stream since
 };

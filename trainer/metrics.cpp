@@ -189,17 +189,60 @@ RunLog::RunLog(const RunLogOptions& options, const RunRecord& run)
                 "another folder", options_.out.c_str());
         cut_log(path_, options_.first_step);
     }
-    file_.reset(std::fopen(path_.c_str(), "a"));
-    REQUIRE(file_, "%s: cannot open: %s", path_.c_str(), std::strerror(errno));
+    file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    REQUIRE(file_ >= 0, "%s: cannot open: %s", path_.c_str(), std::strerror(errno));
+    valid_bytes_ = lseek(file_, 0, SEEK_END);
     write_line(dump(run_json(options_, run)));
+    REQUIRE(unwritten_.empty(), "%s: cannot write: %s", path_.c_str(), std::strerror(errno));
 }
 
-// One line, one write: a reader, or a crash, meets at most one torn line, the last.
+RunLog::~RunLog() {
+    if (file_ >= 0) close(file_);
+}
+
+// The file holds whole lines at all times: what a full disk tore is cut off again. The lines wait and follow when there is
+// room; training goes on. Only a crash of the machine can leave a torn line, the last, which a resume drops.
 void RunLog::write_line(const std::string& line) {
-    if (!file_) return;
-    const std::string text = line + "\n";
-    const bool ok = std::fwrite(text.data(), 1, text.size(), file_.get()) == text.size() && std::fflush(file_.get()) == 0;
-    REQUIRE(ok, "%s: cannot write: %s", path_.c_str(), std::strerror(errno));
+    constexpr size_t kMostUnwritten = size_t(64) << 20;
+    if (file_ < 0) return;
+    const bool waiting = !unwritten_.empty();
+    unwritten_ += line + "\n";
+    if (write_unwritten()) {
+        if (waiting) std::fprintf(stderr, "warning: %s: written again, nothing was lost\n", path_.c_str());
+        return;
+    }
+    const int error = errno;
+    if (!waiting) std::fprintf(stderr, "warning: %s: cannot write: %s; its lines wait in memory\n", path_.c_str(), std::strerror(error));
+    if (unwritten_.size() > kMostUnwritten) unwritten_.erase(0, unwritten_.find('\n', unwritten_.size() / 2) + 1);
+    errno = error;
+}
+
+bool RunLog::write_unwritten() {
+    const ssize_t written = write(file_, unwritten_.data(), unwritten_.size());
+    if (written == ssize_t(unwritten_.size())) {
+        valid_bytes_ += written;
+        unwritten_.clear();
+        return true;
+    }
+    if (written >= 0) errno = ENOSPC;
+    const int error = errno;
+    const bool cut = ftruncate(file_, valid_bytes_) == 0;
+    errno = cut ? error : errno;
+    return false;
+}
+
+// On a terminal a line takes the place of the progress that stands there.
+void RunLog::print_line(const std::string& line) {
+    std::printf("%s%s\n", terminal_ ? "\r\033[K" : "", line.c_str());
+    std::fflush(stdout);
+}
+
+void RunLog::show_progress(int64_t steps_done, double eta_s) {
+    if (!terminal_) return;
+    std::printf("\r\033[K%lld/%lld %s", (long long)steps_done, (long long)options_.total_steps,
+                format_percent(double(steps_done) / double(options_.total_steps), 1).c_str());
+    if (eta_s >= 0) std::printf(" | ETA %s", format_duration(eta_s).c_str());
+    std::fflush(stdout);
 }
 
 std::string RunLog::step_line(const StepRecord& r, double eta_s) const {
@@ -211,7 +254,7 @@ std::string RunLog::step_line(const StepRecord& r, double eta_s) const {
     text += " | SOL " + format_percent(speed_of_light(tokens_per_s, options_.flops, peak_, options_.fp8_linears), 0);
     if (options_.memory_bytes > 0) text += " | " + format_bytes(options_.memory_bytes);
     if (r.skipped_steps > 0) text += message(" | skipped %lld", (long long)r.skipped_steps);
-    if (r.skipped) text += " (this step: not finite)";
+    if (!r.remark.empty()) text += " (this step: " + r.remark + ")";
     if (eta_s >= 0) text += " | ETA " + format_duration(eta_s);
     return text;
 }
@@ -231,16 +274,18 @@ void RunLog::step(const StepRecord& r) {
     set_known(record, "sol", speed_of_light(tokens_per_s, options_.flops, peak_, options_.fp8_linears));
     record["skipped"] = r.skipped;
     record["skipped_steps"] = r.skipped_steps;
+    set_known(record, "loss_z", r.loss_z);
+    set_known(record, "grad_norm_z", r.grad_norm_z);
+    if (!r.remark.empty()) record["remark"] = r.remark;
     write_line(dump(record));
 
     // The first step captures graphs and tunes, so the average starts with the second.
     const bool first = r.steps_done == options_.first_step + 1;
     if (!first) smooth_step_s_ = smooth_step_s_ > 0 ? 0.95 * smooth_step_s_ + 0.05 * r.seconds : r.seconds;
     const bool last = r.steps_done == options_.total_steps;
-    if (!first && !last && r.steps_done % options_.log_every != 0) return;
-    const double eta_s = terminal_ && smooth_step_s_ > 0 ? smooth_step_s_ * double(options_.total_steps - r.steps_done) : -1;
-    std::printf("%s\n", step_line(r, eta_s).c_str());
-    std::fflush(stdout);
+    const double eta_s = smooth_step_s_ > 0 ? smooth_step_s_ * double(options_.total_steps - r.steps_done) : -1;
+    if (first || last || r.steps_done % options_.log_every == 0 || !r.remark.empty()) print_line(step_line(r, terminal_ ? eta_s : -1));
+    else show_progress(r.steps_done, eta_s);
 }
 
 void RunLog::eval(int64_t steps_done, double loss, int64_t tokens, double seconds) {
@@ -251,9 +296,8 @@ void RunLog::eval(int64_t steps_done, double loss, int64_t tokens, double second
     record["tokens"] = tokens;
     set_number(record, "seconds", seconds);
     write_line(dump(record));
-    std::printf("eval %lld/%lld | val loss %.4f | %lld tokens | %s\n", (long long)steps_done, (long long)options_.total_steps,
-                loss, (long long)tokens, format_duration(seconds).c_str());
-    std::fflush(stdout);
+    print_line(message("eval %lld/%lld | val loss %.4f | %lld tokens | %s", (long long)steps_done, (long long)options_.total_steps,
+                       loss, (long long)tokens, format_duration(seconds).c_str()));
 }
 
 void RunLog::checkpoint(int64_t steps_done, const std::string& path, double seconds) {
@@ -263,6 +307,16 @@ void RunLog::checkpoint(int64_t steps_done, const std::string& path, double seco
     record["path"] = path;
     set_number(record, "seconds", seconds);
     write_line(dump(record));
-    std::printf("saved %s | %s\n", path.c_str(), format_duration(seconds).c_str());
+    print_line(message("saved %s | %s", path.c_str(), format_duration(seconds).c_str()));
+}
+
+void RunLog::warning(int64_t steps_done, const std::string& text) {
+    Json record;
+    record["kind"] = "warning";
+    record["step"] = steps_done;
+    record["text"] = text;
+    write_line(dump(record));
+    if (terminal_) std::printf("\r\033[K");
     std::fflush(stdout);
+    std::fprintf(stderr, "warning: %s\n", text.c_str());
 }

@@ -4,8 +4,7 @@
 // it has step 1, and the checkpoint step_000001 holds what both describe.
 #pragma once
 #include <cstdint>
-#include <cstdio>
-#include <memory>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -61,31 +60,40 @@ struct StepRecord {
     double loss, grad_norm, learning_rate;
     double seconds;
     int64_t tokens;         // of the global batch
-    bool skipped;           // non-finite: no update
+    bool skipped;           // no update
     int64_t skipped_steps;  // since step 0
+    double loss_z = std::numeric_limits<double>::quiet_NaN();  // standard deviations above the last steps; NaN: not known
+    double grad_norm_z = std::numeric_limits<double>::quiet_NaN();
+    std::string remark = "";  // what is special about this step
 };
 
 class RunLog {
   public:
     RunLog(const RunLogOptions& options, const RunRecord& run);
+    ~RunLog();
+    RunLog(const RunLog&) = delete;
+    RunLog& operator=(const RunLog&) = delete;
 
     void step(const StepRecord& record);
     void eval(int64_t steps_done, double loss, int64_t tokens, double seconds);  // mean loss a token
     void checkpoint(int64_t steps_done, const std::string& path, double seconds);
+    void warning(int64_t steps_done, const std::string& text);  // also on stderr
 
     // The terminal's text for a record, without line end; `eta_s` < 0: none.
     std::string step_line(const StepRecord& record, double eta_s) const;
 
   private:
-    struct CloseFile {
-        void operator()(std::FILE* file) const { std::fclose(file); }
-    };
     void write_line(const std::string& line);
+    bool write_unwritten();
+    void print_line(const std::string& line);
+    void show_progress(int64_t steps_done, double eta_s);
 
     RunLogOptions options_;
     Peak peak_;
     bool terminal_;
     double smooth_step_s_ = 0;  // for the ETA
     std::string path_;
-    std::unique_ptr<std::FILE, CloseFile> file_;
+    std::string unwritten_;   // lines that found the disk full
+    int64_t valid_bytes_ = 0;  // of the file: whole lines
+    int file_ = -1;
 };

@@ -46,12 +46,18 @@ struct ParameterList {
 };
 ParameterList make_parameters(const ModelSpec& spec);
 
+struct RecentStep {
+    int64_t step;  // from 0
+    float loss, grad_norm;
+};
+
 // What a checkpoint holds and both devices load and save. Flat arrays in the order of ParameterList.
 struct TrainState {
     std::vector<float> params, m, v;  // m and v may be empty: all zero, as before the first step
     int64_t step = 0;           // steps of data consumed
     int64_t adam_t = 0;         // optimizer updates applied
-    int64_t skipped_steps = 0;  // non-finite steps
+    int64_t skipped_steps = 0;  // non-finite steps, and outliers
+    std::vector<RecentStep> recent;  // oldest first: what outliers are compared with
 };
 
 // GPT-2's initialization. Draws are a function of (seed, name, index) alone; uses all cores.

@@ -181,24 +181,26 @@ SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pa
     : path_(std::move(path)) {
     OrderedJson header;
     header["__metadata__"]["format"] = "pt";  // transformers refuses files that don't say it
-    uint64_t offset = 0;
     for (const auto& [name, shape] : tensors) {
         int64_t count = 1;
         for (const int64_t size : shape) count *= size;
-        const uint64_t end = offset + uint64_t(count) * sizeof(float);
-        REQUIRE(!header.contains(name), "%s: tensor %s: is listed twice", path_.c_str(), name.c_str());
-        header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {offset, end}}};
-        expected_.emplace_back(name, count);
-        offset = end;
+        const uint64_t begin = uint64_t(elements_) * sizeof(float), end = begin + uint64_t(count) * sizeof(float);
+        REQUIRE(places_.emplace(name, Place{count, begin}).second, "%s: tensor %s: is listed twice", path_.c_str(), name.c_str());
+        header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {begin, end}}};
+        names_.push_back(name);
+        elements_ += count;
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');  // data aligned to 8 bytes
+    const uint64_t header_bytes = text.size();
+    const uint64_t data_offset = sizeof(header_bytes) + header_bytes;
+    for (auto& [name, place] : places_) place.offset += data_offset;
+    file_bytes_ = data_offset + uint64_t(elements_) * sizeof(float);
     file_ = open(temporary().c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     REQUIRE(file_ >= 0, "%s: cannot create: %s", temporary().c_str(), std::strerror(errno));
     try {
-        const uint64_t header_bytes = text.size();
-        write_all(&header_bytes, sizeof(header_bytes));
-        write_all(text.data(), text.size());
+        write_at(0, &header_bytes, sizeof(header_bytes));
+        write_at(sizeof(header_bytes), text.data(), text.size());
     } catch (...) {  // no destructor runs for a half-made object
         close(file_);
         unlink(temporary().c_str());
@@ -211,28 +213,39 @@ SafetensorsWriter::~SafetensorsWriter() {
     if (!published_) unlink(temporary().c_str());
 }
 
-void SafetensorsWriter::write_all(const void* data, size_t bytes) {
+void SafetensorsWriter::write_at(uint64_t offset, const void* data, size_t bytes) {
     const char* from = static_cast<const char*>(data);
     while (bytes > 0) {
-        const ssize_t written = write(file_, from, bytes);
+        const ssize_t written = pwrite(file_, from, bytes, off_t(offset));
         if (written < 0 && errno == EINTR) continue;
-        REQUIRE(written > 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
-        from += written, bytes -= size_t(written);
+        REQUIRE(written > 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(written < 0 ? errno : ENOSPC));
+        from += written, bytes -= size_t(written), offset += uint64_t(written);
     }
 }
 
+void SafetensorsWriter::write(const std::string& name, int64_t first, std::span<const float> values) {
+    const auto found = places_.find(name);
+    REQUIRE(found != places_.end(), "%s: tensor %s: is not of the list", path_.c_str(), name.c_str());
+    const Place& place = found->second;
+    REQUIRE(first >= 0 && first <= place.count && values.size() <= size_t(place.count - first),
+            "%s: tensor %s: elements %lld to %lld of %lld", path_.c_str(), name.c_str(), (long long)first,
+            (long long)first + (long long)values.size(), (long long)place.count);
+    write_at(place.offset + uint64_t(first) * sizeof(float), values.data(), values.size_bytes());
+    written_ += int64_t(values.size());
+}
+
 void SafetensorsWriter::append(const std::string& name, std::span<const float> values) {
-    REQUIRE(next_ < expected_.size(), "%s: tensor %s: all %zu listed tensors are written", path_.c_str(), name.c_str(),
-            expected_.size());
-    const auto& [expected_name, count] = expected_[next_];
-    REQUIRE(name == expected_name && values.size() == size_t(count), "%s: tensor %s of %zu elements, must be %s of %lld",
-            path_.c_str(), name.c_str(), values.size(), expected_name.c_str(), (long long)count);
-    write_all(values.data(), values.size_bytes());
+    REQUIRE(next_ < names_.size(), "%s: tensor %s: all %zu listed tensors are written", path_.c_str(), name.c_str(), names_.size());
+    const std::string& expected = names_[next_];
+    const int64_t count = places_.at(expected).count;
+    REQUIRE(name == expected && values.size() == size_t(count), "%s: tensor %s of %zu elements, must be %s of %lld",
+            path_.c_str(), name.c_str(), values.size(), expected.c_str(), (long long)count);
+    write(name, 0, values);
     ++next_;
 }
 
 void SafetensorsWriter::publish() {
-    REQUIRE(next_ == expected_.size(), "%s: %zu of %zu tensors are written", path_.c_str(), next_, expected_.size());
+    REQUIRE(written_ == elements_, "%s: %lld of %lld elements are written", path_.c_str(), (long long)written_, (long long)elements_);
     REQUIRE(fsync(file_) == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
     const int status = close(std::exchange(file_, -1));
     REQUIRE(status == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));

@@ -1,6 +1,7 @@
 // The safetensors format: 8 bytes length of header, JSON header, tensors back to back. Little-endian, row-major.
 // https://huggingface.co/docs/safetensors (format section)
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -46,8 +47,9 @@ class SafetensorsReader {
     std::map<std::string, std::string> metadata_;
 };
 
-// Streams F32 tensors to PATH.tmp: the header from the list, then every tensor in that order, so that no second copy of a
-// model is needed. publish() syncs and renames to PATH; a writer that is destroyed before that leaves nothing behind.
+// Writes F32 tensors to PATH.tmp: the header from the list, then elements in any order and from any thread, each exactly
+// once, so that no second copy of a model is needed. publish() syncs and renames to PATH; a writer that is destroyed before
+// that leaves nothing behind.
 class SafetensorsWriter {
   public:
     using Shape = std::vector<int64_t>;
@@ -56,16 +58,27 @@ class SafetensorsWriter {
     SafetensorsWriter(const SafetensorsWriter&) = delete;
     SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
-    void append(const std::string& name, std::span<const float> values);  // the next one of the list
+    // Elements [first, first + values.size()) of a tensor of the list.
+    void write(const std::string& name, int64_t first, std::span<const float> values);
+    void append(const std::string& name, std::span<const float> values);  // the next one of the list, whole
     void publish();
+    uint64_t file_bytes() const { return file_bytes_; }
 
   private:
-    void write_all(const void* data, size_t bytes);
+    struct Place {
+        int64_t count;
+        uint64_t offset;  // in the file
+    };
+    void write_at(uint64_t offset, const void* data, size_t bytes);
     std::string temporary() const { return path_ + ".tmp"; }
 
     std::string path_;
-    std::vector<std::pair<std::string, int64_t>> expected_;  // name, elements
+    std::vector<std::string> names_;
+    std::map<std::string, Place> places_;
     size_t next_ = 0;
+    int64_t elements_ = 0;
+    std::atomic<int64_t> written_ = 0;
+    uint64_t file_bytes_ = 0;
     int file_ = -1;
     bool published_ = false;
 };

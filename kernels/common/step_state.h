@@ -4,12 +4,16 @@
 // and captured by value, so a second counter could only repeat the step or contradict it after a resume.
 #pragma once
 #include <cstdint>
+#include <limits>
 
 // Written by the host before a step (one small copy from pinned memory, ahead of the graphs).
 struct StepInputs {
     int64_t step;                // number of the step being run, from 0
     float learning_rate;
     float inverse_valid_tokens;  // 1 / (unmasked target tokens of the global batch)
+    // A loss or norm above these leaves the weights as they are, like one that is not finite.
+    float loss_limit = std::numeric_limits<float>::infinity();
+    float grad_norm_limit = std::numeric_limits<float>::infinity();
 };
 
 // Hyperparameters of the optimizer graph: fixed for a run, captured by value.

@@ -82,6 +82,7 @@ def entries():
                        + [train_command("gpt2-1558M", recipe, 16, 131072) for recipe in ("bf16", "tensorwise")],
                        ["dev/profile"] + library))
     found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
+    found.append(Entry("saving", [python_test("saving.py")], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
     checked = sorted({name for entry in found if len(entry.commands) == 1 and entry.commands[0][0].startswith(str(BUILD / "dev")) for name in entry.objects})
     found.append(Entry("sanitizer", [python_test("sanitize.py")], checked, ["tests/gpu/sanitize.py"], long=True))
     built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile

@@ -129,7 +129,7 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--min-lr-factor", "1.5"}, {"--min-lr-factor", "1.5", "0 to 1"}},
         {{"--steps", "10", "--warmup-steps", "11"}, {"--warmup-steps 11", "10"}},
         {{"--warmup-steps", "-2"}, {"--warmup-steps -2"}},
-        {{"--schedule", "wsd"}, {"--schedule wsd", "cosine or constant"}},
+        {{"--schedule", "step"}, {"--schedule step", "cosine, linear, wsd or constant"}},
         {{"--weight-decay", "-0.1"}, {"--weight-decay -0.1", "at least 0"}},
         {{"--beta1", "1"}, {"--beta1 1", "below 1"}},
         {{"--beta2", "-0.5"}, {"--beta2 -0.5", "at least 0"}},

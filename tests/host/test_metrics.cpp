@@ -134,10 +134,10 @@ TEST(RunLog, StepLine) {
     StepRecord r = record_of_step(12);
     EXPECT_EQ(log.step_line(r, -1),
               "step 12/500 | loss 3.2826 | norm 0.83 | lr 6.0e-04 | 412 ms | 1.27M tok/s | MFU 102.6 % | SOL 70 % | 12.3 GiB");
-    r.skipped_steps = 2, r.skipped = true, r.loss = kNan;
+    r.skipped_steps = 2, r.skipped = true, r.loss = kNan, r.remark = "not finite, skipped";
     const std::string line = log.step_line(r, 3600);
     EXPECT_NE(line.find("loss nan"), std::string::npos) << line;
-    EXPECT_NE(line.find("skipped 2 (this step: not finite) | ETA 1 h 00 m"), std::string::npos) << line;
+    EXPECT_NE(line.find("skipped 2 (this step: not finite, skipped) | ETA 1 h 00 m"), std::string::npos) << line;
 }
 
 TEST(RunLog, UnknownPeakPrintsNotAvailable) {

@@ -28,7 +28,7 @@ float global_norm(const float* grads, int64_t n) {
 void optimizer_prepare(const AdamWConfig& config, float grad_norm, StepState& state) {
     state.grad_norm = grad_norm;
     if (!std::isfinite(grad_norm) || !std::isfinite(state.loss_sum)) state.nonfinite = 1;
-    state.skip_update = state.nonfinite;
+    state.skip_update = state.nonfinite || state.loss_sum > state.in.loss_limit || grad_norm > state.in.grad_norm_limit;
     if (state.skip_update)
         ++state.skipped_steps;
     else

@@ -46,7 +46,7 @@ class ReferenceEngine final : public Engine {
     explicit ReferenceEngine(const EngineOptions& options);
 
     void load(const TrainState& state) override;
-    void save(TrainState& state) override;
+    std::shared_future<void> snapshot(TrainState& into) override;
     void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     StepResult collect() override;
     std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
@@ -146,12 +146,15 @@ void ReferenceEngine::load(const TrainState& state) {
     refresh_effective();
 }
 
-void ReferenceEngine::save(TrainState& state) {
-    state.params = params_;
-    state.m = m_;
-    state.v = v_;
-    state.adam_t = state_.adam_t;
-    state.skipped_steps = state_.skipped_steps;
+std::shared_future<void> ReferenceEngine::snapshot(TrainState& into) {
+    into.params = params_;
+    into.m = m_;
+    into.v = v_;
+    into.adam_t = state_.adam_t;
+    into.skipped_steps = state_.skipped_steps;
+    std::promise<void> copied;
+    copied.set_value();
+    return copied.get_future().share();
 }
 
 // Norms use the float master; everything that a BF16 matmul, sum or lookup reads is rounded.

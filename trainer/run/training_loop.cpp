@@ -28,36 +28,41 @@ void stop_on_signals() {
 }
 
 TrainingLoop::TrainingLoop(const Parts& parts)
-    : p_(parts), inputs_(size_t(parts.config.global_batch_tokens)), targets_(size_t(parts.config.global_batch_tokens)) {}
+    : p_(parts), step_(parts.state.step), outliers_(parts.config.outlier_window, parts.state.recent),
+      saver_({.out = parts.config.out, .keep = parts.config.keep, .in_background = parts.config.checkpoint_every > 0}, parts.engine,
+             parts.list, std::move(parts.state)),
+      inputs_(size_t(parts.config.global_batch_tokens)), targets_(size_t(parts.config.global_batch_tokens)) {}
 
 // Every so many steps, but not after the last one, which has its own.
 bool TrainingLoop::due(int64_t every, int64_t steps_done) const {
     return every > 0 && steps_done % every == 0 && steps_done < p_.config.steps;
 }
 
-void TrainingLoop::run(TrainState& state) {
+void TrainingLoop::run() {
     const Config& config = p_.config;
-    int64_t step = state.step;
-    if (step == 0) evaluate(0);
-    while (step < config.steps && !stop_requested) {
-        enqueue(step++);
-        const bool checkpoint = due(config.checkpoint_every, step), evaluation = due(config.eval_every, step);
-        const size_t ahead = checkpoint || evaluation ? 0 : size_t(p_.engine.steps_ahead());
-        while (pending_.size() > ahead) finish_one();
-        if (evaluation) evaluate(step);
-        if (checkpoint) save(state, step);
+    if (step_ == 0) evaluate(0);
+    while (step_ < config.steps && !stop_requested) {
+        enqueue(step_++);
+        if (due(config.checkpoint_every, step_)) start_save(step_);
+        const bool evaluation = due(config.eval_every, step_);
+        while (pending_.size() > (evaluation ? 0 : size_t(p_.engine.steps_ahead()))) finish_one();
+        if (evaluation) evaluate(step_);
+        if (const auto outcome = saver_.finished()) report_save(*outcome);
     }
     while (!pending_.empty()) finish_one();
-    const bool stopped = step < config.steps;  // whoever asked may not wait for an evaluation
-    if (!stopped) evaluate(step);
-    save(state, step);
-    if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step, config.out.c_str());
+    const bool stopped = step_ < config.steps;  // whoever asked may not wait for an evaluation
+    if (!stopped) evaluate(step_);
+    save_last(step_);
+    if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step_, config.out.c_str());
 }
 
 void TrainingLoop::enqueue(int64_t step) {
+    const Config& config = p_.config;
     p_.train.fill(step, 0, p_.train.samples_per_step(), inputs_.data(), targets_.data());
-    const StepInputs in{.step = step, .learning_rate = learning_rate(p_.config.lr_schedule(), step),
-                        .inverse_valid_tokens = 1.0f / float(p_.config.global_batch_tokens)};
+    StepInputs in{.step = step, .learning_rate = learning_rate(config.lr_schedule(), step),
+                  .inverse_valid_tokens = 1.0f / float(config.global_batch_tokens)};
+    if (config.skips_loss_outliers()) in.loss_limit = outliers_.losses(step).limit(config.outlier_z);
+    if (config.skips_norm_outliers()) in.grad_norm_limit = outliers_.norms(step).limit(config.outlier_z);
     pending_.push_back({step, in.learning_rate});
     p_.engine.enqueue_step(in, inputs_, targets_);
 }
@@ -66,12 +71,25 @@ void TrainingLoop::finish_one() {
     const StepResult result = p_.engine.collect();
     const Pending p = pending_.front();
     pending_.pop_front();
+    const OutlierDetector::Statistics losses = outliers_.losses(p.step), norms = outliers_.norms(p.step);
     p_.log.step({.steps_done = p.step + 1, .loss = result.loss_sum, .grad_norm = result.grad_norm, .learning_rate = p.learning_rate,
                  .seconds = result.seconds, .tokens = p_.config.global_batch_tokens,
-                 .skipped = result.skip_update != 0, .skipped_steps = result.skipped_steps});
+                 .skipped = result.skip_update != 0, .skipped_steps = result.skipped_steps,
+                 .loss_z = losses.z(result.loss_sum), .grad_norm_z = norms.z(result.grad_norm), .remark = remark(result, losses, norms)});
+    outliers_.add({p.step, result.loss_sum, result.grad_norm});
+    if (saver_.snapshot_step() == p.step + 1) saver_.write(checkpoint_info(p_.config, p_.engine, p_.train), outliers_.recent());
     skipped_in_a_row_ = result.skip_update ? skipped_in_a_row_ + 1 : 0;
-    REQUIRE(skipped_in_a_row_ < kMostSkippedInARow, "%d steps in a row were not finite and left the weights as they are: lower --lr and resume from an earlier checkpoint",
+    REQUIRE(skipped_in_a_row_ < kMostSkippedInARow, "%d steps in a row were not finite, or outliers, and left the weights as they are: lower --lr and resume from an earlier checkpoint",
             kMostSkippedInARow);
+}
+
+std::string TrainingLoop::remark(const StepResult& result, const OutlierDetector::Statistics& losses, const OutlierDetector::Statistics& norms) const {
+    if (result.nonfinite) return "not finite, skipped";
+    const double z = p_.config.outlier_z;
+    std::string text;
+    if (losses.z(result.loss_sum) > z) text = message("loss is an outlier, z %.1f", losses.z(result.loss_sum));
+    if (norms.z(result.grad_norm) > z) text += (text.empty() ? "" : ", ") + message("norm is an outlier, z %.1f", norms.z(result.grad_norm));
+    return text + (result.skip_update ? ", skipped" : "");
 }
 
 void TrainingLoop::evaluate(int64_t steps_done) {
@@ -81,11 +99,28 @@ void TrainingLoop::evaluate(int64_t steps_done) {
     p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
 }
 
-void TrainingLoop::save(TrainState& state, int64_t steps_done) {
-    const double start = now_s();
-    p_.engine.save(state);
-    state.step = steps_done;
-    const std::string path = save_checkpoint(p_.config.out, checkpoint_info(p_.config, p_.engine, p_.train), p_.list, state);
-    prune_checkpoints(p_.config.out, p_.config.keep);
-    p_.log.checkpoint(steps_done, path, now_s() - start);
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints
+
+void TrainingLoop::start_save(int64_t steps_done) {
+    while (saver_.snapshot_step() >= 0) finish_one();
+    if (saver_.writing()) report_save(saver_.wait());
+    saver_.snapshot(steps_done);
+}
+
+void TrainingLoop::report_save(const CheckpointSaver::Outcome& outcome) {
+    if (!outcome.path.empty()) p_.log.checkpoint(outcome.steps_done, outcome.path, outcome.seconds);
+    if (outcome.problem.empty()) return;
+    const std::string latest = find_latest(p_.config.out);
+    p_.log.warning(outcome.steps_done, outcome.problem + "; training goes on, the newest checkpoint is " + (latest.empty() ? "none" : latest));
+}
+
+// Nothing goes on after it: here a failure is one.
+void TrainingLoop::save_last(int64_t steps_done) {
+    if (saver_.writing()) report_save(saver_.wait());
+    saver_.snapshot(steps_done);
+    saver_.write(checkpoint_info(p_.config, p_.engine, p_.train), outliers_.recent());
+    const CheckpointSaver::Outcome outcome = saver_.wait();
+    if (!outcome.path.empty()) p_.log.checkpoint(outcome.steps_done, outcome.path, outcome.seconds);
+    REQUIRE(outcome.problem.empty(), "%s", outcome.problem.c_str());
 }

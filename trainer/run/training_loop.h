@@ -8,7 +8,9 @@
 #include "trainer/config.h"
 #include "trainer/engine.h"
 #include "trainer/metrics.h"
+#include "trainer/outliers.h"
 #include "trainer/parameters.h"
+#include "trainer/run/checkpoint_saver.h"
 #include "trainer/run/evaluation.h"
 
 // Ctrl-C and SIGTERM: finish the step, save, leave. A second one ends the program at once.
@@ -23,11 +25,12 @@ class TrainingLoop {
         const DataLoader& train;
         const Validation& validation;
         RunLog& log;
+        TrainState& state;  // the same; emptied: its memory serves for checkpoints
     };
     explicit TrainingLoop(const Parts& parts);
 
-    // From state.step to config.steps. `state` is scratch for checkpoints.
-    void run(TrainState& state);
+    // From the step of the state that the engine holds to config.steps.
+    void run();
 
   private:
     struct Pending {
@@ -39,9 +42,15 @@ class TrainingLoop {
     void enqueue(int64_t step);
     void finish_one();
     void evaluate(int64_t steps_done);
-    void save(TrainState& state, int64_t steps_done);
+    std::string remark(const StepResult& result, const OutlierDetector::Statistics& losses, const OutlierDetector::Statistics& norms) const;
+    void start_save(int64_t steps_done);
+    void report_save(const CheckpointSaver::Outcome& outcome);
+    void save_last(int64_t steps_done);
 
-    Parts p_;
+    const Parts p_;
+    int64_t step_;  // enqueued so far
+    OutlierDetector outliers_;
+    CheckpointSaver saver_;
     std::vector<int> inputs_, targets_;  // the batch being made
     std::deque<Pending> pending_;
     int skipped_in_a_row_ = 0;
