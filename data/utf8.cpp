@@ -65,3 +65,13 @@ std::string_view valid_utf8(std::string_view text, std::string& repaired) {
     repaired.append(text, copied);
     return repaired;
 }
+
+size_t cut_sequence(std::string_view text) {
+    for (size_t tail = 1; tail <= 3 && tail <= text.size(); ++tail) {
+        const size_t at = text.size() - tail;
+        if (lead_byte(static_cast<uint8_t>(text[at])).following < static_cast<int>(tail)) continue;
+        const Sequence sequence = sequence_at(text, at);
+        if (!sequence.valid && sequence.bytes == tail) return tail;
+    }
+    return 0;
+}

@@ -23,6 +23,7 @@ struct EngineOptions {
     bool use_graphs = true;      // GPU only: false launches every kernel eagerly, with the same bits
     bool deterministic = false;  // GPU only: GEMM algorithms pinned to the heuristic's first choice, not tuned
     std::string gemm_cache;      // GPU only: file of tuned GEMM algorithms, "" for none
+    int logit_rows = 0;          // most rows of a call of logits(), at most micro_batch
 };
 
 struct StepResult : StepState {
@@ -61,6 +62,11 @@ class Engine {
 
     // Sum of the losses of one micro-batch's unmasked tokens; touches no training state.
     virtual double evaluate(std::span<const int> inputs, std::span<const int> targets) = 0;
+    // The same losses one by one, 0 for a masked token.
+    virtual void token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) = 0;
+    // What the model expects after some tokens of a micro-batch: `positions` are indices into `inputs`, `logits` is
+    // (positions, vocabulary). Touches no training state.
+    virtual void logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) = 0;
 
     virtual std::string device_name() const = 0;
     virtual std::vector<MemoryRow> memory_table() const = 0;

@@ -28,6 +28,7 @@ const EngineOptions& checked(const EngineOptions& o) {
     REQUIRE(!o.recipe.quantizes() || tokens % 16 == 0,
             "--micro-batch %d x --seq-len %d = %d tokens: --recipe %s needs a multiple of 16 (FP8 weight gradients sum over tokens)",
             o.micro_batch, o.seq_len, tokens, o.recipe.name.c_str());
+    REQUIRE(o.logit_rows >= 0 && o.logit_rows <= o.micro_batch, "logits of %d rows: must be 0 to the micro-batch, %d", o.logit_rows, o.micro_batch);
     return o;
 }
 
@@ -189,6 +190,7 @@ std::vector<float> GpuEngine::gradients(const StepInputs& in, std::span<const in
 }
 
 double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
+    const Mark mark("evaluation");
     const size_t tokens = size_t(options_.micro_batch) * options_.seq_len;
     REQUIRE(inputs.size() == tokens && targets.size() == tokens, "evaluate takes one micro-batch of %zu tokens, got %zu", tokens, inputs.size());
     back_to_back_ = false;
@@ -201,6 +203,31 @@ double GpuEngine::evaluate(std::span<const int> inputs, std::span<const int> tar
     CUDA_CHECK(cudaMemcpyAsync(&sum, evaluation_loss_, sizeof(float), cudaMemcpyDeviceToHost, stream_));
     CUDA_CHECK(cudaStreamSynchronize(stream_));
     return sum;
+}
+
+void GpuEngine::token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) {
+    REQUIRE(losses.size() == inputs.size(), "losses of %zu tokens: room for %zu", inputs.size(), losses.size());
+    evaluate(inputs, targets);
+    CUDA_CHECK(cudaMemcpyAsync(losses.data(), model_.losses(), losses.size_bytes(), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+
+void GpuEngine::logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) {
+    const Mark mark("logits");
+    const size_t tokens = size_t(options_.micro_batch) * options_.seq_len;
+    const size_t V = size_t(options_.model.vocab_size), Vp = size_t(options_.model.padded_vocab());
+    REQUIRE(inputs.size() == tokens && logits.size() == positions.size() * V, "logits takes one micro-batch of %zu tokens, got %zu, and %zu logits a position, got %zu of %zu",
+            tokens, inputs.size(), V, logits.size(), positions.size());
+    for (const int position : positions) REQUIRE(position >= 0 && size_t(position) < tokens, "logits after token %d of a micro-batch of %zu", position, tokens);
+    back_to_back_ = false;
+    CUDA_CHECK(cudaMemcpyAsync(model_.inputs(), inputs.data(), inputs.size_bytes(), cudaMemcpyHostToDevice, stream_));
+    hidden_graph_.run(options_.use_graphs, stream_, [&] { model_.hidden(gemm_, stream_); });
+    const __nv_bfloat16* device = model_.logits(positions, gemm_, stream_);
+    std::vector<__nv_bfloat16> host(positions.size() * Vp);
+    CUDA_CHECK(cudaMemcpyAsync(host.data(), device, host.size() * sizeof host[0], cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    for (size_t row = 0; row < positions.size(); ++row)
+        for (size_t i = 0; i < V; ++i) logits[row * V + i] = __bfloat162float(host[row * Vp + i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ class GpuEngine final : public Engine {
     int steps_ahead() const override { return 1; }
     std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
+    void token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) override;
+    void logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) override;
     std::string device_name() const override;
     std::vector<MemoryRow> memory_table() const override;
     std::vector<LinearRow> linear_table() const override;
@@ -54,7 +56,7 @@ class GpuEngine final : public Engine {
     Arena arena_;
     Gemm gemm_;
     GpuModel model_;
-    CudaGraph micro_batch_graphs_[kPositions], optimizer_graph_, evaluation_graph_;
+    CudaGraph micro_batch_graphs_[kPositions], optimizer_graph_, evaluation_graph_, hidden_graph_;
 
     ParameterArrays arrays_;
     float* m_ = nullptr;

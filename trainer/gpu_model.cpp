@@ -61,6 +61,7 @@ void GpuModel::request(Arena& arena) {
     arena.request(final_norm_out_, n * C, "saved residual stream");
     arena.request(final_mean_, n, "saved norm statistics, LSE");
     arena.request(final_rstd_, n, "saved norm statistics, LSE");
+    arena.request(logit_inputs_, size_t(options_.logit_rows) * C, "saved residual stream");
     arena.request(logits_, size_t(chunk_) * size_t(m.padded_vocab()), "logits of a chunk");
     request_scratch(arena);
 }
@@ -147,6 +148,7 @@ std::vector<LinearRow> GpuModel::linear_table() const {
 }
 
 void GpuModel::plan(Gemm& gemm) const {
+    if (options_.logit_rows > 0) gemm.plan(logits_shape(options_.logit_rows));
     blocks_[0].plan(gemm);  // all blocks have the same shapes
     gemm.plan(head_grad_weight_shape(chunk_, false));
     for (const int rows : {chunk_, tokens_ % chunk_})
@@ -235,4 +237,14 @@ void GpuModel::evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const 
     forward_blocks(false, gemm, stream);
     head(std::nullopt, gemm, stream);
     accumulate_loss(losses_, tokens_, nullptr, loss_sum, nullptr, stream);
+}
+
+const __nv_bfloat16* GpuModel::logits(std::span<const int> positions, Gemm& gemm, cudaStream_t stream) const {
+    REQUIRE(positions.size() <= size_t(options_.logit_rows), "logits of %zu positions: the engine was made for %d", positions.size(), options_.logit_rows);
+    const size_t C = size_t(options_.model.dim);
+    for (size_t i = 0; i < positions.size(); ++i)
+        CUDA_CHECK(cudaMemcpyAsync(logit_inputs_ + i * C, final_norm_out_ + size_t(positions[i]) * C, C * sizeof(__nv_bfloat16), cudaMemcpyDeviceToDevice, stream));
+    // Always the planned shape; rows behind the positions are of an earlier call, or zero.
+    gemm.run(logits_shape(options_.logit_rows), {.a = logit_inputs_, .b = bf16_copy(list_.wte), .d = logits_}, stream);
+    return logits_;
 }

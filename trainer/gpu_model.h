@@ -36,11 +36,17 @@ class GpuModel {
     // Device buffers of one micro-batch that the caller fills: (B, T) each.
     int* inputs() const { return inputs_; }
     int* targets() const { return targets_; }
+    const float* losses() const { return losses_; }  // (B, T), of the last forward pass with a head
 
     // Writes or adds the micro-batch's gradients (position.h) and adds its loss to state->loss_sum. Capturable.
     void forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const;
     // Adds the sum of the losses to *loss_sum (device).
     void evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const;
+    // The forward pass up to the head, for logits(). Capturable.
+    void hidden(Gemm& gemm, cudaStream_t stream) const { forward_blocks(false, gemm, stream); }
+    // The BF16 logits after the tokens at `positions`, at most options.logit_rows of them: (positions, padded vocabulary),
+    // on the device until the next pass.
+    const __nv_bfloat16* logits(std::span<const int> positions, Gemm& gemm, cudaStream_t stream) const;
 
   private:
     // Fills final_x_ and final_norm_out_.
@@ -70,6 +76,7 @@ class GpuModel {
     __nv_bfloat16* final_norm_out_ = nullptr;  // (tokens, C)
     float* final_mean_ = nullptr;
     float* final_rstd_ = nullptr;
+    __nv_bfloat16* logit_inputs_ = nullptr;    // (logit_rows, C): rows of final_norm_out_
     __nv_bfloat16* logits_ = nullptr;          // (chunk, padded V), turned into their gradients in place
     float* losses_ = nullptr;                  // (tokens)
     void* embedding_workspace_ = nullptr;

@@ -51,6 +51,8 @@ class ReferenceEngine final : public Engine {
     StepResult collect() override;
     std::vector<float> gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
+    void token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) override;
+    void logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) override;
     std::string device_name() const override { return "CPU reference"; }
     std::vector<MemoryRow> memory_table() const override;
     std::vector<LinearRow> linear_table() const override;
@@ -251,6 +253,24 @@ double ReferenceEngine::evaluate(std::span<const int> inputs, std::span<const in
     check_tokens(inputs, targets, 1);
     forward(inputs.data());  // may raise the non-finite flag, which the next step clears
     return head(targets.data(), Gradient::no);
+}
+
+void ReferenceEngine::token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) {
+    REQUIRE(losses.size() == inputs.size(), "losses of %zu tokens: room for %zu", inputs.size(), losses.size());
+    evaluate(inputs, targets);
+    std::copy(losses_.begin(), losses_.end(), losses.begin());
+}
+
+void ReferenceEngine::logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) {
+    const int V = options_.model.vocab_size, C = options_.model.dim;
+    check_tokens(inputs, inputs, 1);
+    REQUIRE(logits.size() == positions.size() * size_t(V), "%zu logits: %zu positions have %zu", logits.size(), positions.size(), positions.size() * size_t(V));
+    for (const int position : positions) REQUIRE(position >= 0 && position < rows_, "logits after token %d of a micro-batch of %d", position, rows_);
+    forward(inputs.data());
+    std::vector<float> y;
+    for (const int position : positions) y.insert(y.end(), y_final_.begin() + int64_t(position) * C, y_final_.begin() + int64_t(position + 1) * C);
+    reference::matmul({.a = y.data(), .b = effective(list_.wte), .b_transposed = true, .d = logits.data(), .M = int(positions.size()), .N = V, .K = C});
+    store(logits.data(), int64_t(logits.size()));
 }
 
 void ReferenceEngine::forward_backward(std::span<const int> inputs, std::span<const int> targets) {
