@@ -91,11 +91,13 @@ $(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
 	@echo "  link $@" && $(CXX) -o $@ $^ -Ldeps/lib -l:libpcre2-8.a -lpthread -lgomp
 
 # Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, with
-# the backends in its folder kernels/NAME/ if it has one; any other dev program gets everything.
+# the backends in its folder kernels/NAME/ if it has one; any other dev program gets everything. What a dev program is too
+# long to hold itself is in dev/parts/NAME/.
 DEV_COMMON := $(BUILD)/dev/harness.o $(BUILD)/trainer/reference/quantizer.o $(BUILD)/kernels/common/mark.o
 backends = $(filter $(BUILD)/kernels/$1/%,$(KERNEL_OBJECTS))
+dev_parts = $(patsubst %,$(BUILD)/%.o,$(basename $(wildcard dev/parts/$1/*.cu dev/parts/$1/*.cpp)))
 .SECONDEXPANSION:
-$(BUILD)/dev/%: $(BUILD)/dev/%.o $(DEV_COMMON) \
+$(BUILD)/dev/%: $(BUILD)/dev/%.o $$(call dev_parts,$$*) $(DEV_COMMON) \
         $$(if $$(wildcard kernels/$$*.cu),$(BUILD)/kernels/$$*.o $$(call backends,$$*),$(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS))
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $(sort $^) $(LDLIBS)
 $(BUILD)/tests/host/%: $(BUILD)/tests/host/%.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)

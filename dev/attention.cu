@@ -1,181 +1,32 @@
-// Checks and times kernels/attention.cu against a float64 reference, row by row.
+// Checks every attention backend that this machine can run against float64, and times them side by side.
+//
+// A sweep is many shapes of one kind; of each backend and array it prints one line, the worst shape's. Compared are, with
+// tolerances derived below, out and lse with float64 attention, and the gradients with those that follow in float64 from the
+// out and lse that the backward was given. Besides, where cuDNN runs the shape: the error of our arrays against float64
+// attention alone, over cuDNN's error.
 #include "kernels/attention.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <map>
 
-#include "dev/harness.h"
+#include "dev/parts/attention/arrays.h"
+#include "dev/parts/attention/reference.h"
 #include "kernels/common/peak.h"
 
 namespace {
 
 using bf16 = __nv_bfloat16;
 
-std::string describe(const AttentionShape& s, const std::string& note = "") {
-    return message("B%d H%d/%d T%d D%d", s.B, s.H, s.KV, s.T, s.head_dim) + (note.empty() ? "" : " " + note);
-}
-int packed_heads(const AttentionShape& s) { return s.H + 2 * s.KV; }
-size_t elements(const AttentionShape& s, int heads) { return size_t(s.B) * s.T * heads * s.head_dim; }
+constexpr AttentionBackend kBackends[] = {AttentionBackend::hopper, AttentionBackend::mma, AttentionBackend::cudnn};
+const char* name_of(AttentionBackend backend) { return kAttentionBackendNames[int(backend)]; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Reference, one row of an output at a time, so that large shapes can be sampled. The backward takes out and lse as
-// given, as the kernels do: the rounding of out is the forward's error, not the backward's.
-
-double dot(const double* a, const double* b, int n) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; ++i) sum += a[i] * b[i];
-    return sum;
-}
-void add_scaled(double* y, double a, const double* x, int n) {
-    for (int i = 0; i < n; ++i) y[i] += a * x[i];
-}
-std::vector<double> to_double(const std::vector<bf16>& x) {
-    const std::vector<float> y = to_float(x);
-    return {y.begin(), y.end()};
-}
-
-struct Row {
-    int b, head, t;  // head among query heads, or among key/value heads
-};
-
-class Reference {
-  public:
-    Reference(const AttentionShape& shape, const std::vector<bf16>& qkv, const std::vector<bf16>& dout,
-              const std::vector<bf16>& out, const std::vector<float>& lse)
-        : s_(shape), scale_(1 / std::sqrt(double(shape.head_dim))), qkv_(to_double(qkv)), dout_(to_double(dout)),
-          out_(to_double(out)), lse_(lse) {}
-
-    void forward(Row r, double* out, double* lse) const {
-        const int n = s_.head_dim, kv = r.head / (s_.H / s_.KV);
-        std::vector<double> p(size_t(r.t) + 1);
-        for (int j = 0; j <= r.t; ++j) p[j] = scale_ * dot(q(r.b, r.head, r.t), k(r.b, kv, j), n);
-        const double top = *std::max_element(p.begin(), p.end());
-        double sum = 0;
-        for (double& x : p) sum += x = std::exp(x - top);
-        std::fill(out, out + n, 0.0);
-        for (int j = 0; j <= r.t; ++j) add_scaled(out, p[j] / sum, v(r.b, kv, j), n);
-        *lse = top + std::log(sum);
-    }
-    void query_gradient(Row r, double* dq) const {
-        const int n = s_.head_dim, kv = r.head / (s_.H / s_.KV);
-        const double delta = dot(of_out(dout_, r.b, r.head, r.t), of_out(out_, r.b, r.head, r.t), n);
-        std::fill(dq, dq + n, 0.0);
-        for (int j = 0; j <= r.t; ++j)
-            add_scaled(dq, scale_ * d_s(probability(r.b, r.head, kv, r.t, j), r.b, r.head, kv, r.t, j, delta),
-                       k(r.b, kv, j), n);
-    }
-    void key_value_gradient(Row r, double* dk, double* dv) const {
-        const int n = s_.head_dim, group = s_.H / s_.KV;
-        std::fill(dk, dk + n, 0.0);
-        std::fill(dv, dv + n, 0.0);
-        for (int h = r.head * group; h < (r.head + 1) * group; ++h)
-            for (int i = r.t; i < s_.T; ++i) {
-                const double* d_out = of_out(dout_, r.b, h, i);
-                const double p = probability(r.b, h, r.head, i, r.t);
-                add_scaled(dv, p, d_out, n);
-                add_scaled(dk, scale_ * d_s(p, r.b, h, r.head, i, r.t, dot(d_out, of_out(out_, r.b, h, i), n)),
-                           q(r.b, h, i), n);
-            }
-    }
-
-  private:
-    const double* packed(int b, int head, int t) const {
-        return &qkv_[((size_t(b) * s_.T + t) * packed_heads(s_) + head) * s_.head_dim];
-    }
-    const double* q(int b, int h, int t) const { return packed(b, h, t); }
-    const double* k(int b, int kv, int t) const { return packed(b, s_.H + kv, t); }
-    const double* v(int b, int kv, int t) const { return packed(b, s_.H + s_.KV + kv, t); }
-    const double* of_out(const std::vector<double>& x, int b, int h, int t) const {
-        return &x[((size_t(b) * s_.T + t) * s_.H + h) * s_.head_dim];
-    }
-    double probability(int b, int h, int kv, int i, int j) const {
-        return std::exp(scale_ * dot(q(b, h, i), k(b, kv, j), s_.head_dim) - lse_[(size_t(b) * s_.H + h) * s_.T + i]);
-    }
-    double d_s(double p, int b, int h, int kv, int i, int j, double delta) const {
-        return p * (dot(of_out(dout_, b, h, i), v(b, kv, j), s_.head_dim) - delta);
-    }
-
-    AttentionShape s_;
-    double scale_;
-    std::vector<double> qkv_, dout_, out_;
-    std::vector<float> lse_;
-};
-
-// All rows, or `sampled` of them with the first and last among them.
-std::vector<Row> choose_rows(const AttentionShape& s, int heads, int sampled) {
-    std::vector<Row> rows;
-    if (sampled == 0) {
-        for (int b = 0; b < s.B; ++b)
-            for (int h = 0; h < heads; ++h)
-                for (int t = 0; t < s.T; ++t) rows.push_back({b, h, t});
-        return rows;
-    }
-    const std::vector<int> chosen = random_ints(size_t(sampled), 0, s.B * heads * s.T);
-    for (int i : chosen) rows.push_back({i / (heads * s.T), i / s.T % heads, i % s.T});
-    rows.front() = {0, 0, 0};
-    rows.back() = {s.B - 1, heads - 1, s.T - 1};
-    return rows;
-}
-
-// Those rows of a (B, T, heads, head_dim) matrix, whose row is head_offset + Row::head.
-std::vector<float> gather(const std::vector<bf16>& x, const AttentionShape& s, int heads, int head_offset,
-                          const std::vector<Row>& rows) {
-    std::vector<float> y;
-    for (const Row& r : rows) {
-        const bf16* from = &x[((size_t(r.b) * s.T + r.t) * heads + head_offset + r.head) * s.head_dim];
-        for (int i = 0; i < s.head_dim; ++i) y.push_back(__bfloat162float(from[i]));
-    }
-    return y;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// One run on the device
-
-struct Result {
-    std::vector<bf16> out, dqkv;
-    std::vector<float> lse;
-    QuantSlot out_slot, dqkv_slot;
-    bool guards;
-};
-
-Result run(const AttentionShape& s, const std::vector<bf16>& qkv, const std::vector<bf16>& dout, bool with_amax) {
-    DeviceBuffer<bf16> d_qkv(qkv), d_dout(dout), out(elements(s, s.H)), dqkv(qkv.size());
-    DeviceBuffer<float> lse(size_t(s.B) * s.H * s.T);
-    DeviceBuffer<uint8_t> workspace(attention_backward_workspace_bytes(s));
-    DeviceBuffer<QuantSlot> slots(2);
-    slots.zero();
-    attention_forward({.shape = s, .qkv = d_qkv.get(), .out = out.get(), .lse = lse.get(),
-                       .amax = with_amax ? slots.get() : nullptr}, nullptr);
-    attention_backward({.shape = s, .qkv = d_qkv.get(), .out = out.get(), .dout = d_dout.get(), .lse = lse.get(),
-                        .dqkv = dqkv.get(), .amax = with_amax ? slots.get() + 1 : nullptr,
-                        .workspace = workspace.get()}, nullptr);
-    CUDA_CHECK(cudaDeviceSynchronize());
-    const std::vector<QuantSlot> slot = slots.download();
-    const bool guards = out.guards_intact() && dqkv.guards_intact() && lse.guards_intact() &&
-                        workspace.guards_intact() && slots.guards_intact() && d_qkv.guards_intact() &&
-                        d_dout.guards_intact();
-    return {out.download(), dqkv.download(), lse.download(), slot[0], slot[1], guards};
-}
-
-uint32_t amax_of(const std::vector<bf16>& x) {
-    uint32_t top = 0;
-    for (bf16 v : x) top = std::max(top, uint32_t(std::bit_cast<uint16_t>(v) & 0x7fff) << 16);
-    return top;
-}
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-bool all_finite(const std::vector<bf16>& x) {
-    return std::all_of(x.begin(), x.end(), [](bf16 v) { return std::isfinite(__bfloat162float(v)); });
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Cases
+// Inputs
 
 enum class Data { normal, spiky, extreme };
+constexpr const char* kDataNames[] = {"normal", "spiky", "extreme"};
 
 std::vector<bf16> make_qkv(const AttentionShape& s, Data data) {
     std::vector<float> x = random_normal(elements(s, packed_heads(s)));
@@ -190,6 +41,9 @@ std::vector<bf16> make_qkv(const AttentionShape& s, Data data) {
     return to_bf16(x);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Tolerances
+
 // Two roundings to BF16 lie between the inputs and every output: of P or dS before its matmul and of the output, each
 // at most 2^-9 of its element and independent from element to element; all else is float. A third one is allowed for
 // what cancels in sums of few terms.
@@ -198,68 +52,276 @@ constexpr double kThreeRoundings = 3 * 0x1p-9;
 // of sums over head_dim of products of size 1: 1e-5. The floor allows 6e-5.
 constexpr Tolerance kOut{.relative = kThreeRoundings}, kGradient{.relative = kThreeRoundings, .absolute = 1e-2};
 constexpr Tolerance kLse{.relative = 1e-5, .absolute = 1};  // float: head_dim products of a score, T terms of the sum
+constexpr double kMostOverCudnn = 1.1;
 
-void check(Report& report, const AttentionShape& s, Data data = Data::normal, int sampled = 0) {
-    const std::string shape =
-        describe(s, data == Data::spiky ? "spiky" : data == Data::extreme ? "extreme" : sampled ? "sampled" : "");
-    const std::vector<bf16> qkv = make_qkv(s, data), dout = to_bf16(random_normal(elements(s, s.H)));
-    const Result r = run(s, qkv, dout, true), again = run(s, qkv, dout, false);
+// ---------------------------------------------------------------------------------------------------------------------
+// The arrays by name, as matrices
 
-    const bool repeats = same_bits(r.out, again.out) && same_bits(r.lse, again.lse) && same_bits(r.dqkv, again.dqkv);
-    const bool amax = r.out_slot.amax_bits == amax_of(r.out) && r.dqkv_slot.amax_bits == amax_of(r.dqkv) &&
-                      again.out_slot.amax_bits == 0 && again.dqkv_slot.amax_bits == 0;
-    const bool finite = all_finite(r.out) && all_finite(r.dqkv);
-    report.expect("attention.bits", shape, repeats && amax && finite && r.guards && again.guards,
-                  message("twice %s, amax %s, finite %s, guards %s", repeats ? "same" : "DIFFERENT",
-                          amax ? "exact" : "WRONG", finite ? "yes" : "NO",
-                          r.guards && again.guards ? "intact" : "HIT"));
+struct Matrix {
+    std::vector<float> values;
+    std::vector<double> reference;  // float64 of what the backend was given
+    std::vector<double> exact;      // float64 attention; empty: the same
+    int64_t rows, cols;
+    Tolerance tolerance;
+};
 
-    const Reference reference(s, qkv, dout, r.out, r.lse);
-    const int n = s.head_dim;
-    const std::vector<Row> queries = choose_rows(s, s.H, sampled), keys = choose_rows(s, s.KV, sampled);
-    const int64_t n_queries = int64_t(queries.size()), n_keys = int64_t(keys.size());
-    std::vector<double> out(queries.size() * n), lse(queries.size()), dq(out.size());
-    std::vector<double> dk(keys.size() * n), dv(dk.size());
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < n_queries; ++i) {
-        reference.forward(queries[i], &out[i * n], &lse[i]);
-        reference.query_gradient(queries[i], &dq[i * n]);
+// `count` columns from `first` on of a row-major matrix.
+template <class To, class From>
+std::vector<To> columns(const std::vector<From>& x, int64_t row_elements, int64_t first, int64_t count) {
+    const int64_t rows = int64_t(x.size()) / row_elements;
+    std::vector<To> y(size_t(rows * count));
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < count; ++c) y[size_t(r * count + c)] = To(x[size_t(r * row_elements + first + c)]);
+    return y;
+}
+
+// Row t of every sequence, of a matrix with rows (B, T).
+template <class T>
+std::vector<T> rows_at(const std::vector<T>& x, const AttentionShape& s, int t, int64_t cols) {
+    std::vector<T> y;
+    for (int b = 0; b < s.B; ++b) {
+        const auto from = x.begin() + (int64_t(b) * s.T + t) * cols;
+        y.insert(y.end(), from, from + cols);
     }
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < n_keys; ++i) reference.key_value_gradient(keys[i], &dk[i * n], &dv[i * n]);
+    return y;
+}
 
-    std::vector<float> gpu_lse;
-    for (const Row& row : queries) gpu_lse.push_back(r.lse[(size_t(row.b) * s.H + row.head) * s.T + row.t]);
-    report.compare("attention.out", shape, gather(r.out, s, s.H, 0, queries), out, n_queries, n, kOut);
-    report.compare("attention.lse", shape, gpu_lse, lse, n_queries, 1, kLse);
-    const int heads = packed_heads(s);
-    report.compare("attention.dv", shape, gather(r.dqkv, s, heads, s.H + s.KV, keys), dv, n_keys, n, kGradient);
-    // Extreme logits leave one key a row with P = 1 and so dS = dP - D = 0: the gradients of q and k are noise.
-    if (data == Data::extreme) return;
-    report.compare("attention.dq", shape, gather(r.dqkv, s, heads, 0, queries), dq, n_queries, n, kGradient);
-    report.compare("attention.dk", shape, gather(r.dqkv, s, heads, s.H, keys), dk, n_keys, n, kGradient);
+using Matrices = std::map<std::string, Matrix>;
+
+Matrices matrices(const AttentionShape& s, const AttentionResult& r, const AttentionReference& exact,
+                  const AttentionReference& given) {
+    const int64_t rows = int64_t(s.B) * s.T, packed = int64_t(packed_heads(s)) * s.head_dim;
+    const int64_t q = int64_t(s.H) * s.head_dim, k = int64_t(s.KV) * s.head_dim;
+    const std::vector<float> dqkv = to_float(r.dqkv);
+    const auto gradient = [&](int64_t first, int64_t count) {
+        return Matrix{columns<float>(dqkv, packed, first, count), columns<double>(given.dqkv, packed, first, count),
+                      columns<double>(exact.dqkv, packed, first, count), rows, count, kGradient};
+    };
+    return {{"out", {to_float(r.out), exact.out, {}, rows, q, kOut}},
+            {"lse", {r.lse, exact.lse, {}, int64_t(s.B) * s.H, s.T, kLse}},
+            {"dq", gradient(0, q)},
+            {"dk", gradient(q, k)},
+            {"dv", gradient(q + k, k)}};
+}
+
+// Root mean square of the error against float64 attention, and of that of its rounding to BF16, which nobody can avoid.
+struct Error2 {
+    double of_values, of_rounding;
+};
+Error2 rms_error(const Matrix& m) {
+    const std::vector<double>& exact = m.exact.empty() ? m.reference : m.exact;
+    double values = 0, rounding = 0;
+#pragma omp parallel for reduction(+ : values, rounding)
+    for (size_t i = 0; i < exact.size(); ++i) {
+        const double v = m.values[i] - exact[i], r = double(__bfloat162float(__double2bfloat16(exact[i]))) - exact[i];
+        values += v * v, rounding += r * r;
+    }
+    return {std::sqrt(values / double(exact.size())), std::sqrt(rounding / double(exact.size()))};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A sweep
+
+class Sweep {
+  public:
+    Sweep(Report& report, std::string name) : report_(report), name_(std::move(name)) {}
+
+    void add(const AttentionShape& shape, Data data);
+    // Records a line a test, after the last shape.
+    void finish();
+
+  private:
+    struct Line {
+        int shapes = 0, failed = 0;
+        Comparison worst{true, -1, ""};
+        std::string where;
+    };
+    void note(const std::string& test, const std::string& where, const Comparison& comparison);
+    void compare(AttentionBackend backend, const AttentionShape& s, const std::string& where, const Matrices& found, const std::string& array);
+    void compare_with_cudnn(AttentionBackend backend, const std::string& where, const std::map<std::string, Error2>& ours,
+                            const std::map<std::string, Error2>& cudnn);
+    void skip(const std::string& test, const std::string& why);
+
+    Report& report_;
+    std::string name_;
+    std::map<std::string, Line> lines_;
+    std::map<std::string, std::pair<int, std::string>> skipped_;  // shapes, why the last was
+};
+
+void Sweep::note(const std::string& test, const std::string& where, const Comparison& c) {
+    Line& line = lines_[test];
+    ++line.shapes;
+    line.failed += !c.ok;
+    const bool worse = c.ok == line.worst.ok ? !(c.relative <= line.worst.relative) : !c.ok;
+    if (worse) line.worst = c, line.where = where;
+}
+
+void Sweep::skip(const std::string& test, const std::string& why) {
+    auto& [count, reason] = skipped_[test];
+    ++count, reason = why;
+}
+
+void Sweep::finish() {
+    for (const auto& [test, line] : lines_)
+        report_.expect("attention." + test, name_, line.failed == 0,
+                       message("%d shapes, %d failed, worst %s: %s", line.shapes, line.failed, line.where.c_str(), line.worst.figure.c_str()));
+    for (const auto& [test, why] : skipped_)
+        report_.skip("attention." + test, name_, message("%d shapes; %s", why.first, why.second.c_str()));
+}
+
+bool same_bits(const AttentionResult& a, const AttentionResult& b) {
+    const auto same = [](const auto& x, const auto& y) { return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])) == 0; };
+    return same(a.out, b.out) && same(a.lse, b.lse) && same(a.dqkv, b.dqkv);
+}
+uint32_t amax_of(const std::vector<bf16>& x) {
+    uint32_t top = 0;
+    for (const bf16 v : x) top = std::max(top, uint32_t(std::bit_cast<uint16_t>(v) & 0x7fff) << 16);
+    return top;
+}
+bool all_finite(const std::vector<bf16>& x) {
+    return std::all_of(x.begin(), x.end(), [](bf16 v) { return (std::bit_cast<uint16_t>(v) & 0x7f80) != 0x7f80; });
+}
+
+// What holds bit for bit: amax, untouched guards, nothing left unwritten and no NaN made.
+Comparison exact_properties(const AttentionResult& r, bool with_amax) {
+    const uint32_t out = with_amax ? amax_of(r.out) : 0, dqkv = with_amax ? amax_of(r.dqkv) : 0;
+    const bool amax = r.out_amax == out && r.dqkv_amax == dqkv, finite = all_finite(r.out) && all_finite(r.dqkv);
+    return {amax && finite && r.guards_intact, 0, message("amax %s, %s, guards %s", amax ? "exact" : "WRONG", finite ? "all finite" : "NOT FINITE", r.guards_intact ? "intact" : "HIT")};
+}
+
+void Sweep::compare(AttentionBackend backend, const AttentionShape& s, const std::string& where, const Matrices& found, const std::string& array) {
+    const Matrix& m = found.at(array);
+    const std::string test = array + " [" + name_of(backend) + "]";
+    note(test, where, compare_tiles(m.values, m.reference, m.rows, m.cols, m.tolerance));
+    if (array == "lse") return;
+    // The first and the last row of a sequence again, by themselves: elsewhere their size is not that of their neighbours
+    for (const int t : {0, s.T - 1})
+        note(test, where + (t == 0 ? " first rows" : " last rows"),
+             compare_tiles(rows_at(m.values, s, t, m.cols), rows_at(m.reference, s, t, m.cols), s.B, m.cols, m.tolerance));
+}
+
+void Sweep::compare_with_cudnn(AttentionBackend backend, const std::string& where, const std::map<std::string, Error2>& ours,
+                               const std::map<std::string, Error2>& cudnn) {
+    for (const auto& [array, error] : ours) {
+        if (array == "lse" || !cudnn.count(array)) continue;
+        // Not below what rounding the result costs, nor, where the gradient is zero, below the floor of the tolerance
+        const double floor = std::max(error.of_rounding, array == "out" ? 0 : kGradient.absolute * 0x1p-9);
+        const double allowed = std::max(cudnn.at(array).of_values, floor), ratio = error.of_values == 0 ? 0 : error.of_values / allowed;
+        note(array + " error over cudnn's [" + name_of(backend) + "]", where,
+             {ratio <= kMostOverCudnn, ratio, message("%.3f (%.2e over %.2e, unavoidable %.2e), at most %.1f", ratio, error.of_values,
+                                                       cudnn.at(array).of_values, error.of_rounding, kMostOverCudnn)});
+    }
+}
+
+// cuDNN takes about 60 ms to plan a shape: every one of a dense sweep would be most of this program's time.
+bool planned_by_cudnn(const AttentionShape& s) { return s.T <= 16 || s.T % 16 <= 1 || s.T > 300; }
+
+void Sweep::add(const AttentionShape& s, Data data) {
+    const std::string where = describe(s);
+    AttentionArrays arrays(s, make_qkv(s, data), to_bf16(random_normal(elements(s, s.H))));
+    const AttentionReference exact = attention_reference(s, arrays.qkv.get(), arrays.dout.get());
+    std::map<AttentionBackend, std::map<std::string, Error2>> errors;
+    for (const AttentionBackend backend : kBackends) {
+        if (backend == AttentionBackend::cudnn && !planned_by_cudnn(s)) continue;
+        const AttentionOptions options{.backend = backend};
+        const std::string no_forward = forward_obstacle(s, options), no_backward = backward_obstacle(s, options);
+        const std::string tag = std::string(" [") + name_of(backend) + "]";
+        if (!no_forward.empty()) skip("forward" + tag, no_forward);
+        if (!no_backward.empty()) skip("backward" + tag, no_backward);
+        if (!no_forward.empty() && !no_backward.empty()) continue;
+
+        const bool with_amax = s.T % 2 == 1;
+        const AttentionResult r = arrays.run(options, with_amax);
+        note("bits" + tag, where, exact_properties(r, with_amax));
+        const Matrices found = matrices(s, r, exact, attention_reference(s, arrays.qkv.get(), arrays.dout.get(), {arrays.out.get(), arrays.lse.get()}));
+        std::vector<std::string> judged;
+        if (no_forward.empty()) judged = {"out", "lse"};
+        if (no_backward.empty()) judged.push_back("dv");
+        // Extreme logits leave one key a row with P = 1 and so dS = dP - D = 0: the gradients of q and k are noise.
+        if (no_backward.empty() && data != Data::extreme) judged.insert(judged.end(), {"dq", "dk"});
+        for (const std::string& array : judged) {
+            compare(backend, s, where, found, array);
+            if (data != Data::extreme) errors[backend][array] = rms_error(found.at(array));
+        }
+    }
+    if (!errors.count(AttentionBackend::cudnn)) return;
+    for (const auto& [backend, ours] : errors)
+        if (backend != AttentionBackend::cudnn) compare_with_cudnn(backend, where, ours, errors[AttentionBackend::cudnn]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Cases
+
+struct Heads {
+    int H, KV;
+};
+constexpr Heads kHeads[] = {{2, 2}, {2, 1}, {6, 2}, {3, 3}, {4, 1}};
+
+// Enough sequences for an error to be a property of the kernel and not of a handful of numbers: `elements` a head.
+AttentionShape shape_of(int T, int head_dim, int elements) {
+    const Heads heads = kHeads[(T + head_dim / 8) % int(std::size(kHeads))];
+    return {.B = std::max(1, elements / (T * head_dim)), .T = T, .H = heads.H, .KV = heads.KV, .head_dim = head_dim};
+}
+
+void sweep(Report& report, Data data, int head_dim, const std::vector<int>& lengths, const char* title) {
+    Sweep sweep(report, message("D%d %s, %s", head_dim, kDataNames[int(data)], title));
+    for (const int T : lengths)
+        if (!report.small_only || T <= 129) sweep.add(shape_of(T, head_dim, report.small_only ? 1 : 1 << 15), data);
+    sweep.finish();
+}
+
+// Of 1..300: all up to 40 and all next to a multiple of 16 in both head dimensions, the rest in one of them.
+std::vector<int> dense_lengths(int head_dim) {
+    std::vector<int> lengths;
+    for (int T = 1; T <= 300; ++T) {
+        const bool edge = T <= 40 || T % 16 <= 1 || T % 16 == 15;
+        if (edge || (T % 4 < 2) == (head_dim == 64)) lengths.push_back(T);
+    }
+    return lengths;
+}
+
+// --deterministic: the same bits from 20 runs, with and without amax, and still right (sweeps run the default mode).
+void check_deterministic(Report& report, const AttentionShape& s) {
+    AttentionArrays arrays(s, make_qkv(s, Data::normal), to_bf16(random_normal(elements(s, s.H))));
+    for (const AttentionBackend backend : kBackends) {
+        const AttentionOptions options{.backend = backend, .deterministic = true};
+        const std::string name = message("attention.deterministic [%s]", name_of(backend));
+        const std::string no_forward = forward_obstacle(s, options), no_backward = backward_obstacle(s, options);
+        if (!no_forward.empty() || !no_backward.empty()) {
+            report.skip(name, describe(s), no_forward.empty() ? no_backward : no_forward);
+            continue;
+        }
+        const AttentionResult first = arrays.run(options, true);
+        int different = 0;
+        const int runs = report.small_only ? 2 : 20;
+        for (int i = 1; i < runs; ++i) different += !same_bits(first, arrays.run(options, i % 2 == 0));
+        report.expect(name, describe(s), different == 0, message("%d of %d runs differ from the first", different, runs - 1));
+        const AttentionReference given = attention_reference(s, arrays.qkv.get(), arrays.dout.get(), {arrays.out.get(), arrays.lse.get()});
+        report.compare(name + " dqkv", describe(s), to_float(first.dqkv), given.dqkv, int64_t(s.B) * s.T, int64_t(packed_heads(s)) * s.head_dim, kGradient);
+    }
 }
 
 void checks(Report& report) {
-    struct Heads {
-        int B, H, KV;
-    };
-    constexpr Heads kHeads[] = {{1, 2, 2}, {2, 2, 1}, {1, 6, 2}, {2, 3, 3}};
-    int turn = 0;
-    auto add = [&](int T, int head_dim, Data data = Data::normal) {
-        if (report.small_only && T > 129) return;
-        const Heads h = kHeads[turn++ % std::size(kHeads)];
-        check(report, {.B = h.B, .T = T, .H = h.H, .KV = h.KV, .head_dim = head_dim}, data);
-    };
-    for (int head_dim : {64, 128})
-        for (int T : {1, 2, 3, 17, 63, 64, 65, 127, 128, 129, 200, 257, 1023, 1025}) add(T, head_dim);
-    for (int head_dim : {8, 16, 40, 80, 256})
-        for (int T : {1, 47, 64, 129, 300}) add(T, head_dim);
-    for (int head_dim : {40, 64, 128, 256})
-        for (int T : {129, 257}) add(T, head_dim, Data::spiky), add(T, head_dim, Data::extreme);
+    for (const int head_dim : {64, 128}) {
+        std::vector<int> small{1, 2, 17, 64, 65, 128, 129};
+        std::vector<int> spiky;
+        for (const int T : dense_lengths(head_dim))
+            if (T % 3 == 0 || T <= 16) spiky.push_back(T);
+        sweep(report, Data::normal, head_dim, report.small_only ? small : dense_lengths(head_dim), "T 1..300");
+        sweep(report, Data::spiky, head_dim, report.small_only ? std::vector{65, 129} : spiky, "T 1..300");
+        if (report.small_only) continue;
+        for (const Data data : {Data::normal, Data::spiky}) sweep(report, data, head_dim, {1023, 1025, 4096}, "T 1023, 1025, 4096");
+    }
+    for (const int head_dim : {8, 16, 40, 80, 96, 192, 256})
+        sweep(report, Data::normal, head_dim, report.small_only ? std::vector{1, 47, 129} : std::vector{1, 47, 64, 129, 300}, "other head dimensions");
+    for (const int head_dim : {40, 64, 128, 256}) sweep(report, Data::extreme, head_dim, {1, 129, 257}, "logits of thousands");
+    check_deterministic(report, {.B = 2, .T = 129, .H = 6, .KV = 2, .head_dim = 64});
+    check_deterministic(report, {.B = 2, .T = 65, .H = 4, .KV = 1, .head_dim = 128});
+    check_deterministic(report, {.B = 1, .T = 47, .H = 3, .KV = 3, .head_dim = 40});
     if (report.small_only) return;
-    check(report, {.B = 4, .T = 1024, .H = 12, .KV = 12, .head_dim = 64}, Data::normal, 256);
-    check(report, {.B = 2, .T = 4096, .H = 8, .KV = 2, .head_dim = 128}, Data::normal, 256);
+    check_deterministic(report, {.B = 4, .T = 1025, .H = 12, .KV = 12, .head_dim = 64});
+    check_deterministic(report, {.B = 2, .T = 2048, .H = 8, .KV = 2, .head_dim = 128});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -273,39 +335,56 @@ std::vector<bf16> random_bf16(size_t n) {  // a random period, repeated: fast fo
     return x;
 }
 
+struct Timed {
+    double forward_us = 0, backward_us = 0;  // 0: cannot run here
+};
+
+Timed time_backend(Report& report, AttentionArrays& arrays, AttentionBackend backend, double peak_tflops, const Timed& cudnn) {
+    const AttentionShape& s = arrays.shape;
+    const AttentionOptions options{.backend = backend};
+    const double forward_flops = 2.0 * s.B * s.H * s.T * s.T * s.head_dim;
+    const auto bench = [&](const char* direction, double flops, double versus_us, const auto& run) {
+        return report.bench({.name = message("attention.%s [%s]", direction, name_of(backend)), .shape = describe(s), .flops = flops,
+                             .peak_tflops = peak_tflops, .calls = 10, .samples = 21, .versus = "cudnn", .versus_us = versus_us}, run);
+    };
+    Timed timed;
+    if (forward_obstacle(s, options).empty()) {
+        const AttentionForward call = arrays.forward_call(options);
+        timed.forward_us = bench("forward", forward_flops, cudnn.forward_us, [&](int, cudaStream_t stream) { attention_forward(call, stream); });
+    }
+    if (backward_obstacle(s, options).empty()) {
+        const AttentionBackward call = arrays.backward_call(options);
+        timed.backward_us = bench("backward", 2.5 * forward_flops, cudnn.backward_us, [&](int, cudaStream_t stream) { attention_backward(call, stream); });
+    }
+    return timed;
+}
+
 void benches(Report& report) {
     cudaDeviceProp properties;
     CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     const double peak_tflops = peak_of(properties.name).bf16_tflops;
     const AttentionShape shapes[] = {
-        {.B = 64, .T = 1024, .H = 12, .KV = 12, .head_dim = 64},
-        {.B = 32, .T = 1024, .H = 12, .KV = 12, .head_dim = 64},
-        {.B = 16, .T = 1024, .H = 25, .KV = 25, .head_dim = 64},
-        {.B = 32, .T = 1024, .H = 12, .KV = 2, .head_dim = 128},
-        {.B = 8, .T = 4096, .H = 32, .KV = 8, .head_dim = 128},
+        {.B = 32, .T = 1024, .H = 12, .KV = 12, .head_dim = 64}, {.B = 64, .T = 1024, .H = 12, .KV = 12, .head_dim = 64},
+        {.B = 32, .T = 1024, .H = 14, .KV = 2, .head_dim = 64},  {.B = 16, .T = 1024, .H = 25, .KV = 25, .head_dim = 64},
+        {.B = 32, .T = 1024, .H = 12, .KV = 2, .head_dim = 128}, {.B = 8, .T = 4096, .H = 32, .KV = 8, .head_dim = 128},
+        {.B = 4, .T = 8192, .H = 32, .KV = 8, .head_dim = 128},  {.B = 4, .T = 8192, .H = 32, .KV = 8, .head_dim = 64},
+        {.B = 2, .T = 16384, .H = 16, .KV = 16, .head_dim = 128},
     };
+    std::string table;
     for (const AttentionShape& s : shapes) {
-        DeviceBuffer<bf16> qkv(random_bf16(elements(s, packed_heads(s)))), dout(random_bf16(elements(s, s.H)));
-        DeviceBuffer<bf16> out(dout.size()), dqkv(qkv.size());
-        DeviceBuffer<float> lse(size_t(s.B) * s.H * s.T);
-        DeviceBuffer<uint8_t> workspace(attention_backward_workspace_bytes(s));
-        DeviceBuffer<QuantSlot> slots(2);
-        slots.zero();
-        const double forward_flops = 4.0 * s.B * s.H * s.T * s.T * s.head_dim / 2;
-        report.bench({.name = "attention.forward", .shape = describe(s), .flops = forward_flops,
-                      .peak_tflops = peak_tflops},
-                     [&](int, cudaStream_t stream) {
-                         attention_forward({.shape = s, .qkv = qkv.get(), .out = out.get(), .lse = lse.get(),
-                                            .amax = slots.get()}, stream);
-                     });
-        report.bench({.name = "attention.backward", .shape = describe(s), .flops = 2.5 * forward_flops,
-                      .peak_tflops = peak_tflops},
-                     [&](int, cudaStream_t stream) {
-                         attention_backward({.shape = s, .qkv = qkv.get(), .out = out.get(), .dout = dout.get(),
-                                             .lse = lse.get(), .dqkv = dqkv.get(), .amax = slots.get() + 1,
-                                             .workspace = workspace.get()}, stream);
-                     });
+        AttentionArrays arrays(s, random_bf16(elements(s, packed_heads(s))), random_bf16(elements(s, s.H)));
+        const double flops = 2.0 * s.B * s.H * s.T * s.T * s.head_dim;
+        const auto tflops = [&](double us, double factor) { return us > 0 ? factor * flops / us * 1e-6 : NAN; };
+        const Timed cudnn = time_backend(report, arrays, AttentionBackend::cudnn, peak_tflops, {});
+        const Timed hopper = time_backend(report, arrays, AttentionBackend::hopper, peak_tflops, cudnn);
+        // Half as fast or less: beyond T = 4096 it would take most of the time of this program
+        const Timed mma = s.T <= 4096 ? time_backend(report, arrays, AttentionBackend::mma, peak_tflops, cudnn) : Timed{};
+        table += message("%-24s | %5.0f %5.0f %5.0f  %5.2f | %5.0f %5.0f %5.0f  %5.2f\n", describe(s).c_str(), tflops(cudnn.forward_us, 1), tflops(mma.forward_us, 1),
+                         tflops(hopper.forward_us, 1), cudnn.forward_us / hopper.forward_us, tflops(cudnn.backward_us, 2.5), tflops(mma.backward_us, 2.5),
+                         tflops(hopper.backward_us, 2.5), cudnn.backward_us / hopper.backward_us);
     }
+    std::printf("\nTFLOP/s, causal half     | forward                   | backward\n"
+                "                         | cudnn   mma hopper ratio  | cudnn   mma hopper ratio\n%s\n", table.c_str());
 }
 
 }  // namespace

@@ -209,23 +209,36 @@ void Report::record(const std::string& name, const std::string& shape, bool ok, 
     std::printf("%s %s | %s | %s\n", name.c_str(), shape.c_str(), figure.c_str(), ok ? "ok" : "FAIL");
     std::fflush(stdout);
     ++(ok ? passed_ : failures_);
+    add_test(name, shape, ok ? "pass" : "fail", figure);
+}
+
+void Report::add_test(const std::string& name, const std::string& shape, const char* status, const std::string& figure) {
     json_tests_.push_back(message("{\"name\": %s, \"status\": \"%s\", \"figure\": %s}",
-                                  json_quote(name + " " + shape).c_str(), ok ? "pass" : "fail",
-                                  json_quote(figure).c_str()));
+                                  json_quote(name + " " + shape).c_str(), status, json_quote(figure).c_str()));
 }
 
 void Report::expect(const std::string& name, const std::string& shape, bool ok, const std::string& figure) {
     record(name, shape, ok, figure);
 }
 
+void Report::skip(const std::string& name, const std::string& shape, const std::string& reason) {
+    std::printf("%s %s | %s | skipped\n", name.c_str(), shape.c_str(), reason.c_str());
+    ++skipped_;
+    add_test(name, shape, "skip", reason);
+}
+
 void Report::compare(const std::string& name, const std::string& shape, const std::vector<float>& out,
                      const std::vector<double>& reference, int64_t rows, int64_t cols, Tolerance tolerance) {
+    const Comparison comparison = compare_tiles(out, reference, rows, cols, tolerance);
+    record(name, shape, comparison.ok, comparison.figure);
+}
+
+Comparison compare_tiles(const std::vector<float>& out, const std::vector<double>& reference, int64_t rows, int64_t cols,
+                         Tolerance tolerance) {
     const size_t count = static_cast<size_t>(rows * cols);
-    if (count == 0 || out.size() != count || reference.size() != count) {
-        record(name, shape, false, message("%zu outputs and %zu references for a matrix of %lldx%lld", out.size(),
-                                           reference.size(), (long long)rows, (long long)cols));
-        return;
-    }
+    if (count == 0 || out.size() != count || reference.size() != count)
+        return {false, NAN, message("%zu outputs and %zu references for a matrix of %lldx%lld", out.size(), reference.size(),
+                                    (long long)rows, (long long)cols)};
     const int64_t tile_rows = (rows + kTile - 1) / kTile, tile_cols = (cols + kTile - 1) / kTile;
     std::vector<TileError> tiles(static_cast<size_t>(tile_rows * tile_cols));
 #pragma omp parallel for schedule(dynamic)
@@ -252,7 +265,7 @@ void Report::compare(const std::string& name, const std::string& shape, const st
                           (long long)(at % cols), double(out[size_t(at)]), reference[size_t(at)],
                           tiles[worst_element].element, tolerance.element_factor * tolerance.relative);
     }
-    record(name, shape, tile_ok && element_ok && reference_finite, figure);
+    return {tile_ok && element_ok && reference_finite, tiles[worst_tile].relative, figure};
 }
 
 void Report::compare_bytes(const std::string& name, const std::string& shape, const void* out, const void* reference,
@@ -319,8 +332,9 @@ std::vector<double> time_launches(int repeats, cudaStream_t stream, const std::f
     return seconds;
 }
 
-// Median seconds of one call: a graph of about 5 ms, replayed for about 0.2 s including its warm-up.
-double median_seconds(const std::string& name, int sets, const std::function<void(int, cudaStream_t)>& run) {
+// Median seconds of one call: a graph of about 5 ms, replayed for about 0.2 s including its warm-up, unless asked otherwise.
+double median_seconds(const Report::Bench& what, const std::function<void(int, cudaStream_t)>& run) {
+    const int sets = what.sets;
     constexpr double kGraphSeconds = 5e-3, kMeasuredSeconds = 0.13;
     constexpr int kMaxCalls = 512, kMinReplays = 3, kMaxReplays = 21;
     cudaStream_t raw_stream = nullptr;
@@ -334,7 +348,7 @@ double median_seconds(const std::string& name, int sets, const std::function<voi
     const std::vector<double> eager = time_launches(3, stream, [&] { run(next_set++ % sets, stream); });
     const double one_call = std::max(*std::min_element(eager.begin(), eager.end()), 1e-6);
 
-    const int wanted = std::clamp(static_cast<int>(kGraphSeconds / one_call), 1, kMaxCalls);
+    const int wanted = what.calls ? what.calls : std::clamp(static_cast<int>(kGraphSeconds / one_call), 1, kMaxCalls);
     const int calls = (wanted + sets - 1) / sets * sets;
     cudaGraph_t raw_graph = nullptr;
     CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
@@ -343,7 +357,7 @@ double median_seconds(const std::string& name, int sets, const std::function<voi
     } catch (const Error& error) {
         cudaStreamEndCapture(stream, &raw_graph);
         cudaGetLastError();
-        throw Error(message("bench %s cannot be captured in a graph: %s", name.c_str(), error.what()));
+        throw Error(message("bench %s cannot be captured in a graph: %s", what.name.c_str(), error.what()));
     }
     CUDA_CHECK(cudaStreamEndCapture(stream, &raw_graph));
     const Owned<cudaGraph_t, GraphDeleter> graph(raw_graph);
@@ -351,7 +365,7 @@ double median_seconds(const std::string& name, int sets, const std::function<voi
     CUDA_CHECK(cudaGraphInstantiate(&raw_exec, graph.get(), 0));
     const Owned<cudaGraphExec_t, GraphExecDeleter> exec(raw_exec);
 
-    const int replays = std::clamp(static_cast<int>(kMeasuredSeconds / (one_call * calls)), kMinReplays, kMaxReplays);
+    const int replays = what.samples ? what.samples : std::clamp(static_cast<int>(kMeasuredSeconds / (one_call * calls)), kMinReplays, kMaxReplays);
     const auto launch = [&] { CUDA_CHECK(cudaGraphLaunch(exec.get(), stream)); };
     time_launches(1 + replays / 3, stream, launch);
     std::vector<double> seconds = time_launches(replays, stream, launch);
@@ -383,7 +397,7 @@ double Report::copy_speed() {
 
 double Report::bench(const Bench& what, const std::function<void(int set, cudaStream_t stream)>& run) {
     REQUIRE(what.sets >= 1, "bench %s: sets=%d must be at least 1", what.name.c_str(), what.sets);
-    const double seconds = median_seconds(what.name, what.sets, run);
+    const double seconds = median_seconds(what, run);
     const double tb_per_s = what.bytes / seconds * 1e-12, tflops = what.flops / seconds * 1e-12;
     std::string line = message("%s %s | %.1f us", what.name.c_str(), what.shape.c_str(), seconds * 1e6);
     std::string json = message("{\"kind\": \"kernel\", \"name\": %s, \"case\": %s, \"us\": %.2f",
@@ -405,6 +419,11 @@ double Report::bench(const Bench& what, const std::function<void(int set, cudaSt
         of_ceiling = std::max(of_ceiling, of_peak);
     }
     if (of_ceiling > 0) json += message(", \"of_ceiling\": %.3f", of_ceiling);
+    if (what.versus_us > 0) {
+        const double ratio = what.versus_us / (seconds * 1e6);
+        line += message(" | %.2fx %s", ratio, what.versus.c_str());
+        json += message(", \"versus\": %s, \"ratio\": %.3f", json_quote(what.versus).c_str(), ratio);
+    }
     json += message(", \"command\": %s}", json_quote("make bench-" + program_).c_str());
     json_benches_.push_back(json);
     std::printf("%s\n", line.c_str());
@@ -495,7 +514,8 @@ int run_dev_program(int argc, char** argv, const char* name, void (*checks)(Repo
     if (options.check) part("check", checks);
     if (options.bench) part("bench", benches);
     if (!options.json_file.empty()) report.write_json(options.json_file);
-    std::printf("%s: %d passed, %d failed\n", name, report.passed(), report.failures());
+    std::printf("%s: %d passed, %d failed", name, report.passed(), report.failures());
+    std::printf(report.skipped() ? ", %d skipped\n" : "\n", report.skipped());
     return report.failures() == 0 ? 0 : 1;
 } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());

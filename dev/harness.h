@@ -84,12 +84,21 @@ struct Tolerance {
     double element_factor = 32;
 };
 
+struct Comparison {
+    bool ok;
+    double relative;     // of the worst tile
+    std::string figure;  // one line
+};
+// A (rows, cols) matrix against its reference, per 128x128 tile; the worst tile decides. A NaN anywhere fails, and so does
+// a reference that is not finite.
+Comparison compare_tiles(const std::vector<float>& out, const std::vector<double>& reference, int64_t rows, int64_t cols,
+                         Tolerance tolerance);
+
 class Report {
   public:
     bool small_only = false;
 
-    // Compare a (rows, cols) matrix per 128x128 tile; the worst tile decides. A NaN anywhere fails, and so does a
-    // reference that is not finite (compare such outputs by bits).
+    // compare_tiles as a test of its own.
     void compare(const std::string& name, const std::string& shape, const std::vector<float>& out,
                  const std::vector<double>& reference, int64_t rows, int64_t cols, Tolerance tolerance);
     // Bit-for-bit; names the first difference.
@@ -100,6 +109,8 @@ class Report {
     }
     // Any other condition, with a figure to print.
     void expect(const std::string& name, const std::string& shape, bool ok, const std::string& figure);
+    // What this machine cannot run: counted apart, neither passed nor failed.
+    void skip(const std::string& name, const std::string& shape, const std::string& reason);
 
     // Median time of one call, in microseconds. `run(i)` must enqueue the work on `stream` using input set i % sets
     // (rotate enough sets that the caches stay cold; `sets` = 1 for GEMM-bound work). Times a CUDA graph of the calls;
@@ -110,21 +121,27 @@ class Report {
         double flops = 0;   // prints TFLOP/s
         double peak_tflops = 0;  // prints % of it
         int sets = 1;
+        int calls = 0;      // in the graph; 0: as many as make it about 5 ms
+        int samples = 0;    // replays of it; 0: as many as make about 0.13 s
+        std::string versus; // what else was timed in this run, and its microseconds: prints and records the ratio to it
+        double versus_us = 0;
     };
     double bench(const Bench& what, const std::function<void(int set, cudaStream_t stream)>& run);
 
     int failures() const { return failures_; }
     int passed() const { return passed_; }
+    int skipped() const { return skipped_; }
 
   private:
     friend int run_dev_program(int, char**, const char*, void (*)(Report&), void (*)(Report&));
     void compare_bytes(const std::string& name, const std::string& shape, const void* out, const void* reference,
                        size_t n_out, size_t n_reference, size_t element_bytes);
     void record(const std::string& name, const std::string& shape, bool ok, const std::string& figure);
+    void add_test(const std::string& name, const std::string& shape, const char* status, const std::string& figure);
     double copy_speed();  // bytes per second of a large device copy, read + written; measured once
     void write_json(const std::string& path) const;
 
-    int failures_ = 0, passed_ = 0;
+    int failures_ = 0, passed_ = 0, skipped_ = 0;
     double copy_bytes_per_s_ = 0;
     std::vector<std::string> json_tests_, json_benches_;
     std::string program_;

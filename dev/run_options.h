@@ -64,6 +64,7 @@ inline EngineOptions engine_options(const Config& config) {
             .adamw = config.adamw(),
             .use_graphs = !config.no_graph,
             .deterministic = config.deterministic,
+            .attention = config.attention,
             .gemm_cache = config.gemm_cache};
 }
 

@@ -98,6 +98,15 @@ void require_aligned(const char* name, std::initializer_list<Pointer> pointers) 
 
 }  // namespace
 
+AttentionBackend attention_backend(const std::string& name) {
+    std::string names;
+    for (size_t i = 0; i < std::size(kAttentionBackendNames); ++i) {
+        if (name == kAttentionBackendNames[i]) return AttentionBackend(i);
+        names += (i == 0 ? "" : i + 1 == std::size(kAttentionBackendNames) ? " or " : ", ") + std::string(kAttentionBackendNames[i]);
+    }
+    throw Error(message("--attention %s: must be %s", name.c_str(), names.c_str()));
+}
+
 size_t attention_forward_workspace_bytes(const AttentionShape& s, const AttentionOptions& options) {
     require_shape("attention_forward", s);
     return forward_row(s, options).workspace_bytes(s, options);

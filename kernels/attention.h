@@ -25,6 +25,7 @@ struct AttentionShape {
 
 enum class AttentionBackend : uint8_t { automatic, hopper, mma, cudnn };
 inline constexpr const char* kAttentionBackendNames[] = {"auto", "hopper", "mma", "cudnn"};
+AttentionBackend attention_backend(const std::string& name);  // throws Error for any other
 
 struct AttentionOptions {
     AttentionBackend backend = AttentionBackend::automatic;  // the first of our own that takes the shape on this GPU

@@ -66,12 +66,12 @@ def gpu_tests(build, tally):
         if "run_dev_program(" not in source.read_text():
             continue  # a tool, not a test
         status, output = run([str(program), "check"])
-        match = re.search(r"(\d+) passed, (\d+) failed", output)
+        match = re.search(r"(\d+) passed, (\d+) failed(?:, (\d+) skipped)?$", output, re.M)
         if status == NO_GPU:
             tally.add(skipped=1)
             print(f"{source.stem}: skipped: no GPU")
         elif match:
-            tally.add(int(match[1]), int(match[2]) or (status != 0))
+            tally.add(int(match[1]), int(match[2]) or (status != 0), int(match[3] or 0))
             print(f"{source.stem}: {match[0]}")
         else:
             tally.add(failed=1)

@@ -1,15 +1,18 @@
 #include "trainer/block.h"
 
+#include <algorithm>
+
 #include "kernels/activation.h"
 #include "kernels/common/check.h"
 #include "kernels/layernorm.h"
 
-Block::Block(const ModelSpec& m, const Recipe& recipe, int B, int T, int layer)
+Block::Block(const ModelSpec& m, const Recipe& recipe, const AttentionOptions& attention, int B, int T, int layer)
     : qkv({message("h.%d.attn.c_attn", layer), B * T, m.dim, 3 * m.dim}, recipe),
       proj({message("h.%d.attn.c_proj", layer), B * T, m.dim, m.dim}, recipe),
       fc1({message("h.%d.mlp.c_fc", layer), B * T, m.dim, m.ffn_dim}, recipe),
       fc2({message("h.%d.mlp.c_proj", layer), B * T, m.ffn_dim, m.dim}, recipe),
       attention_{.B = B, .T = T, .H = m.n_heads, .KV = m.n_heads, .head_dim = m.head_dim()},
+      attention_options_(attention),
       tokens_(B * T), C_(m.dim), F_(m.ffn_dim) {}
 
 void Block::request(Arena& arena) {
@@ -30,6 +33,12 @@ void Block::request(Arena& arena) {
     for (Linear* linear : {&qkv, &proj, &fc1, &fc2}) linear->request(arena);
 }
 
+size_t Block::attention_workspace_bytes() const {
+    return std::max(attention_forward_workspace_bytes(attention_, attention_options_),
+                    attention_backward_workspace_bytes(attention_, attention_options_));
+}
+AttentionChoice Block::attention_backends() const { return attention_choice(attention_, attention_options_); }
+
 void Block::plan(Gemm& gemm) const {
     for (const Linear* linear : {&qkv, &proj, &fc1, &fc2}) linear->plan(gemm);
 }
@@ -40,7 +49,8 @@ Residual Block::forward(const Residual& in, bool keep, Gemm& gemm, const BlockSc
                        .bias = norm1.bias, .out = y1, .mean = stats1_.mean, .rstd = stats1_.rstd, .amax = qkv.input_slot,
                        .rows = tokens_, .C = C_}, stream);
     qkv.forward({.x = y1, .y = qkv_out_, .keep_for_backward = keep}, gemm, s.linear, stream);
-    attention_forward({.shape = attention_, .qkv = qkv_out_, .out = attention_out_, .lse = lse_, .amax = proj.input_slot}, stream);
+    attention_forward({.shape = attention_, .qkv = qkv_out_, .out = attention_out_, .lse = lse_, .amax = proj.input_slot,
+                       .workspace = s.attention_workspace, .options = attention_options_}, stream);
     proj.forward({.x = attention_out_, .y = s.branch_out, .keep_for_backward = keep}, gemm, s.linear, stream);
 
     __nv_bfloat16* y2 = input_of(fc1, norm2_out_, s.norm_out);
@@ -76,7 +86,7 @@ void Block::backward(Position position, QuantSlot* amax_below, Gemm& gemm, const
 
     proj.backward({.dy = s.dresidual, .x = attention_out_, .dx = s.dbranch, .position = position}, gemm, s.linear, stream);
     attention_backward({.shape = attention_, .qkv = qkv_out_, .out = attention_out_, .dout = s.dbranch, .lse = lse_,
-                        .dqkv = s.wide, .amax = qkv.grad_slot, .workspace = s.attention_workspace}, stream);
+                        .dqkv = s.wide, .amax = qkv.grad_slot, .workspace = s.attention_workspace, .options = attention_options_}, stream);
     qkv.backward({.dy = s.wide, .x = norm1_out_, .dx = s.dbranch, .position = position}, gemm, s.linear, stream);
     layernorm_backward({.x = x1_, .dout = s.dbranch, .weight = norm1.weight, .mean = stats1_.mean, .rstd = stats1_.rstd,
                         .dresidual_in = s.dresidual, .dresidual_out = s.dresidual, .dweight = norm1.dweight,

@@ -42,10 +42,12 @@ struct Residual {
 
 class Block {
   public:
-    Block(const ModelSpec& model, const Recipe& recipe, int B, int T, int layer);
+    Block(const ModelSpec& model, const Recipe& recipe, const AttentionOptions& attention, int B, int T, int layer);
 
     void request(Arena& arena);
     void plan(Gemm& gemm) const;
+    size_t attention_workspace_bytes() const;
+    AttentionChoice attention_backends() const;
 
     NormParameters norm1, norm2;
     Linear qkv, proj, fc1, fc2;
@@ -71,6 +73,7 @@ class Block {
     }
 
     AttentionShape attention_;
+    AttentionOptions attention_options_;
     int tokens_, C_, F_;
     __nv_bfloat16* x1_ = nullptr;              // (tokens, C)
     __nv_bfloat16* x2_ = nullptr;              // (tokens, C)

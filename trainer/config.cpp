@@ -11,6 +11,7 @@
 #include <set>
 #include <vector>
 
+#include "kernels/attention.h"
 #include "kernels/common/check.h"
 #include "trainer/recipe.h"
 
@@ -39,6 +40,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Model", "seq-len", "context length, and rows of the position embedding"}, c.seq_len);
     visit(OptionInfo{"Model", "recipe", "precision: row of the recipe table"}, c.recipe);
     visit(OptionInfo{"Model", "device", "auto, gpu, or cpu (the reference device: slow, for small models)"}, c.device);
+    visit(OptionInfo{"Model", "attention", "auto (the fastest of our own), hopper, mma, or cudnn (for comparison)"}, c.attention);
 
     visit(OptionInfo{"Data", "train", "token files to train on: a folder, a file or a glob"}, c.train);
     visit(OptionInfo{"Data", "val", "token files to evaluate on (empty: no evaluation)"}, c.val);
@@ -157,6 +159,8 @@ void validate_model(const Config& c) {
     const Recipe& recipe = find_recipe(c.recipe);
     REQUIRE(c.device == "auto" || c.device == "gpu" || c.device == "cpu", "--device %s: must be auto, gpu or cpu",
             c.device.c_str());
+    attention_backend(c.attention);
+    REQUIRE(c.attention == "auto" || c.device != "cpu", "--attention %s: needs a GPU, --device is cpu", c.attention.c_str());
     REQUIRE(!recipe.reference_device_only || c.device == "cpu", "--recipe %s: needs --device cpu, is %s", c.recipe.c_str(),
             c.device.c_str());
 }

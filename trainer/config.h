@@ -13,6 +13,7 @@ struct Config {
     int n_layers = 0, dim = 0, n_heads = 0, ffn_dim = 0, vocab_size = 0, seq_len = 0;
     std::string recipe = "tensorwise";
     std::string device = "auto";  // auto | gpu | cpu
+    std::string attention = "auto";  // auto | hopper | mma | cudnn
 
     // Data
     std::string train;  // folder, file or glob of token files

@@ -22,6 +22,7 @@ struct EngineOptions {
     AdamWConfig adamw;
     bool use_graphs = true;      // GPU only: false launches every kernel eagerly, with the same bits
     bool deterministic = false;  // GPU only: GEMM algorithms pinned to the heuristic's first choice, not tuned
+    std::string attention = "auto";  // GPU only: backend, a name of kernels/attention.h
     std::string gemm_cache;      // GPU only: file of tuned GEMM algorithms, "" for none
     int logit_rows = 0;          // most rows of a call of logits(), at most micro_batch
 };
@@ -35,7 +36,7 @@ struct MemoryRow {
     double bytes;
 };
 
-// One row of the precision table: a kind of linear, what it runs in and why.
+// One row of the precision table: a kind of linear or attention, what it runs in and why so.
 struct LinearRow {
     std::string name, precision, reason;
 };

@@ -34,8 +34,9 @@ LinearIndices indices_of(const BlockParameters& p, int i) {
 GpuModel::GpuModel(const EngineOptions& options, const ParameterList& list)
     : options_(options), list_(list), tokens_(options.micro_batch * options.seq_len),
       chunk_(std::min(tokens_, kHeadChunkTokens)), bf16_copies_(list.all.size(), nullptr) {
+    const AttentionOptions attention{.backend = attention_backend(options.attention), .deterministic = options.deterministic};
     for (int layer = 0; layer < options.model.n_layers; ++layer)
-        blocks_.emplace_back(options.model, options.recipe, options.micro_batch, options.seq_len, layer);
+        blocks_.emplace_back(options.model, options.recipe, attention, options.micro_batch, options.seq_len, layer);
 }
 
 void GpuModel::request(Arena& arena) {
@@ -76,8 +77,7 @@ void GpuModel::request_scratch(Arena& arena) {
         arena.request(*p, n * C, "scratch");
     arena.request(scratch_.wide, n * widest, "scratch");
     bytes(scratch_.norm_workspace, layernorm_backward_workspace_bytes(m.dim));
-    bytes(scratch_.attention_workspace,
-          attention_backward_workspace_bytes({.B = options_.micro_batch, .T = options_.seq_len, .H = m.n_heads, .KV = m.n_heads, .head_dim = m.head_dim()}));
+    bytes(scratch_.attention_workspace, blocks_[0].attention_workspace_bytes());
     const size_t codes = options_.recipe.quantizes() ? n * widest : 0;
     arena.request(scratch_.linear.codes, codes, "scratch");
     arena.request(scratch_.linear.codes_transposed, codes, "scratch");
@@ -143,6 +143,9 @@ std::vector<LinearRow> GpuModel::linear_table() const {
         const std::string size = message("%d x %d, %zu blocks", linear.spec().out, linear.spec().in, blocks_.size());
         rows.push_back({linear.kind() + (" (" + size + ")"), linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle()});
     }
+    const AttentionChoice attention = blocks_[0].attention_backends();
+    rows.push_back({message("attention (forward %s, backward %s)", attention.forward.c_str(), attention.backward.c_str()), "BF16",
+                    attention.reason.empty() ? "--attention " + options_.attention : attention.reason});
     rows.push_back({message("head, tied to wte (%d x %d)", options_.model.vocab_size, options_.model.dim), "BF16", "the head always runs in BF16"});
     return rows;
 }

@@ -67,7 +67,7 @@ def entries():
     for source in sorted((ROOT / "dev").glob("*.cu")):
         if "run_dev_program(" not in source.read_text():
             continue  # a tool
-        own = [f"dev/{source.stem}", "dev/harness"]
+        own = [f"dev/{source.stem}", *objects_in(f"dev/parts/{source.stem}"), "dev/harness"]
 <<<<<<< HEAD
         kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "trainer/reference/quantizer"]
 =======

@@ -33,6 +33,7 @@ TEST(Config, DefaultsAreA124MRun) {
     EXPECT_EQ(c.micro_batches_per_step(), 16);
     EXPECT_EQ(c.warmup_steps, 700);
     EXPECT_EQ(c.recipe, "tensorwise");
+    EXPECT_EQ(c.attention, "auto");
     EXPECT_TRUE(c.out.starts_with("runs/")) << c.out;
     EXPECT_TRUE(c.out.ends_with("-gpt2-124M")) << c.out;
 }
@@ -142,6 +143,8 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--recipe", "fp4"}, {"--recipe fp4", "tensorwise"}},
         {{"--recipe", "f32"}, {"--recipe f32", "--device cpu"}},
         {{"--device", "tpu"}, {"--device tpu", "auto, gpu or cpu"}},
+        {{"--attention", "flash"}, {"--attention flash", "auto, hopper, mma or cudnn"}},
+        {{"--attention", "cudnn", "--device", "cpu", "--model", "tiny"}, {"--attention cudnn", "needs a GPU", "--device is cpu"}},
         {{"--micro-batch", "0"}, {"--micro-batch 0", "at least 1"}},
         {{"--micro-batch", "1", "--seq-len", "24", "--global-batch-tokens", "24"}, {"--micro-batch 1", "24", "multiple of 16"}},
         {{"--global-batch-tokens", "500000"}, {"--global-batch-tokens 500000", "multiple", "32768", "nearest: 491520"}},
