@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <utility>
 
 #include "kernels/common/check.h"
 #include "trainer/safetensors.h"
@@ -140,9 +141,33 @@ Json header_json(const Header& h) {
     return json;
 }
 
+// The JSON library converts any number to any type, which is undefined for 1e30 and wrong for -1 or 1.5.
+template <typename Integer>
+Integer whole_number(const Json& value, const std::string& what) {
+    const bool fits = value.is_number_unsigned() ? std::in_range<Integer>(value.get<uint64_t>())
+                                                 : value.is_number_integer() && std::in_range<Integer>(value.get<int64_t>());
+    if (!fits) throw Json::type_error::create(302, what + " must be a whole number of " + std::to_string(sizeof(Integer)) + " bytes", &value);
+    return value.get<Integer>();
+}
+
+// The member `key` of an object as a number of the type that is asked for.
+class WholeNumber {
+  public:
+    WholeNumber(const Json& object, const char* key) : value_(object.at(key)), key_(key) {}
+    template <typename Integer>
+    operator Integer() const {
+        return whole_number<Integer>(value_, key_);
+    }
+
+  private:
+    const Json& value_;
+    const char* key_;
+};
+
 ModelSpec parse_model(const Json& m) {
-    return {.name = m.at("name"), .n_layers = m.at("n_layers"), .dim = m.at("dim"), .n_heads = m.at("n_heads"),
-            .ffn_dim = m.at("ffn_dim"), .vocab_size = m.at("vocab_size"), .seq_len = m.at("seq_len")};
+    return {.name = m.at("name"), .n_layers = WholeNumber(m, "n_layers"), .dim = WholeNumber(m, "dim"),
+            .n_heads = WholeNumber(m, "n_heads"), .ffn_dim = WholeNumber(m, "ffn_dim"),
+            .vocab_size = WholeNumber(m, "vocab_size"), .seq_len = WholeNumber(m, "seq_len")};
 }
 
 // Throws Error if the checkpoint is not complete.
@@ -153,17 +178,19 @@ Header read_header(const std::string& folder) {
     Header h;
     try {
         const Json json = Json::parse(in);
-        const int version = json.at("format_version");
+        const int version = WholeNumber(json, "format_version");
         REQUIRE(version == kFormatVersion, "%s: checkpoint of format version %d, must be %d", path.c_str(), version,
                 kFormatVersion);
-        h.step = json.at("step"), h.adam_t = json.at("adam_t"), h.skipped_steps = json.at("skipped_steps");
-        h.saved_ns = json.at("saved_ns");
-        for (const Json& r : json.value("recent", Json::array())) h.recent.push_back({r.at(0), r.at(1), r.at(2)});
-        h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = json.at("seed"),
-                  .tokens_per_step = json.at("tokens_per_step"),
-                  .samples_per_epoch = json.at("samples_per_epoch"), .config_toml = json.at("config"),
+        h.step = WholeNumber(json, "step"), h.adam_t = WholeNumber(json, "adam_t");
+        h.skipped_steps = WholeNumber(json, "skipped_steps"), h.saved_ns = WholeNumber(json, "saved_ns");
+        for (const Json& r : json.value("recent", Json::array()))
+            h.recent.push_back({whole_number<int64_t>(r.at(0), "recent step"), r.at(1), r.at(2)});
+        h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = WholeNumber(json, "seed"),
+                  .tokens_per_step = WholeNumber(json, "tokens_per_step"),
+                  .samples_per_epoch = WholeNumber(json, "samples_per_epoch"), .config_toml = json.at("config"),
                   .gemm_choices = json.at("gemm_choices")};
-        h.files = json.at("files").get<std::map<std::string, uint64_t>>();
+        if (!json.at("files").is_object()) throw Json::type_error::create(302, "files must be an object", &json);
+        for (const auto& [name, bytes] : json.at("files").items()) h.files[name] = whole_number<uint64_t>(bytes, name);
     } catch (const nlohmann::json::exception& error) {
         throw Error(message("%s: damaged: %s", path.c_str(), error.what()));
     }

@@ -377,6 +377,12 @@ TEST(Checkpoint, DamagedInfoIsAnError) {
     EXPECT_NE(error_with("step", "three"), "");
     EXPECT_NE(error_with("adam_t", -1), "");
     EXPECT_NE(error_with("model", 3), "");
+    // Conversions that the JSON library would make silently, or without defined result.
+    EXPECT_NE(error_with("step", 1e300).find("step must be a whole number"), std::string::npos);
+    EXPECT_NE(error_with("step", 1.5), "");
+    EXPECT_NE(error_with("seed", -1), "");
+    EXPECT_NE(error_with("saved_ns", UINT64_MAX), "");
+    EXPECT_NE(error_with("files", {{"params.safetensors", true}}), "");
     EXPECT_NE(error_with("files", nlohmann::json::object()), "");
     for (size_t size = 0; size < good.size() - 2; size += 37) {
         write_file(file, good.substr(0, size));
