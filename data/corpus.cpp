@@ -3,15 +3,19 @@
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
+#include <initializer_list>
+#include <map>
 #include <sstream>
 
+#include "data/byte_source.h"
 #include "data/hash.h"
+#include "data/parallel_for.h"
 #include "kernels/common/check.h"
 
 namespace fs = std::filesystem;
 
 const char* const kTextExtensions =
-    "none,txt,text,md,rst,tex,adoc,org,c,h,cc,hh,cpp,hpp,cxx,hxx,inl,ipp,tpp,cu,cuh,py,pyi,rs,go,java,kt,scala,swift,js,"
+    "none,txt,text,jsonl,ndjson,md,rst,tex,adoc,org,c,h,cc,hh,cpp,hpp,cxx,hxx,inl,ipp,tpp,cu,cuh,py,pyi,rs,go,java,kt,scala,swift,js,"
     "mjs,jsx,ts,tsx,rb,php,pl,pm,lua,jl,r,m,mm,cs,fs,hs,ml,mli,el,lisp,scm,clj,erl,ex,exs,dart,zig,nim,v,sv,vhd,f90,"
     "asm,s,ptx,sh,bash,sql,proto,cmake,mk,yaml,yml,toml,ini,cfg";
 
@@ -20,6 +24,33 @@ namespace {
 std::string lower_case(std::string text) {
     for (char& c : text) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     return text;
+}
+
+bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+// Unicode's White_Space beyond ASCII, in UTF-8.
+bool ends_in_space(std::string_view text) {
+    using namespace std::string_view_literals;
+    if (static_cast<uint8_t>(text.back()) < 0x80) return is_ascii_space(text.back());
+    for (const auto space : {"\xc2\x85"sv, "\xc2\xa0"sv, "\xe1\x9a\x80"sv, "\xe2\x80\xa8"sv, "\xe2\x80\xa9"sv, "\xe2\x80\xaf"sv,
+                             "\xe2\x81\x9f"sv, "\xe3\x80\x80"sv})
+        if (text.ends_with(space)) return true;
+    // U+2000 to U+200A
+    return text.size() >= 3 && text.substr(text.size() - 3).starts_with("\xe2\x80") && static_cast<uint8_t>(text.back()) <= 0x8a;
+}
+
+FileKind kind_alone(const std::string& path) {
+    char bytes[4096];
+    const std::string_view start(bytes, open_text_source(path)->read(bytes, sizeof(bytes)));
+    return start.empty() ? FileKind::empty : is_binary(start) ? FileKind::binary : FileKind::text;
+}
+
+uint64_t hash_file(const std::string& path) {
+    std::vector<char> chunk(size_t{1} << 16);
+    const auto file = open_file(path);
+    uint64_t hash = 0;
+    while (const size_t bytes = file->read(chunk.data(), chunk.size())) hash = mix64(hash ^ hash_bytes({chunk.data(), bytes}));
+    return hash;
 }
 
 // Collects the files of one input folder.
@@ -49,7 +80,8 @@ class FolderSearch {
     }
 
     void take(const fs::directory_entry& entry) {
-        std::string extension = lower_case(entry.path().extension().string());
+        const std::string unpacked(without_compression_suffix(lower_case(entry.path().filename().string())));
+        std::string extension = fs::path(unpacked).extension().string();
         if (extension.starts_with('.')) extension.erase(0, 1);
         if (!extensions_.contains(extension)) return;
         files_.push_back({entry.path().string(), entry.path().lexically_relative(root_).generic_string(),
@@ -96,24 +128,34 @@ std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs
 
 bool is_binary(std::string_view bytes) { return bytes.substr(0, 4096).find('\0') != std::string_view::npos; }
 
-std::vector<std::string_view> split_documents(std::string_view text, std::string_view separator) {
-    std::vector<std::string_view> documents;
-    while (!text.empty()) {
-        const std::string_view document = text.substr(0, separator.empty() ? text.size() : text.find(separator));
-        if (!document.empty()) documents.push_back(document);
-        text.remove_prefix(std::min(text.size(), document.size() + separator.size()));
-    }
-    return documents;
-}
-
-// Exact for GPT-2's pattern: no piece goes from a visible character on to a newline, none looks back, and the left side
-// does not end in white space, so "white space up to the end" cannot match there.
+// Exact for GPT-2's pattern: no piece goes from a visible character on to white space, none looks back, and the left side
+// does not end in white space, so "white space up to the end" cannot match there. What is not UTF-8 becomes U+FFFD, which
+// is visible, on either side alone as in the whole: an ASCII byte ends every broken sequence.
 size_t next_cut(std::string_view text, size_t from) {
-    for (size_t at = text.find('\n', std::max<size_t>(from, 1)); at < text.size(); at = text.find('\n', at + 1))
-        if (text[at - 1] > ' ' && text[at - 1] < 0x7f) return at;
+    for (size_t at = std::max<size_t>(from, 1); at < text.size(); ++at)
+        if (is_ascii_space(text[at]) && !ends_in_space(text.substr(0, at))) return at;
     return text.size();
 }
 
-bool is_validation(std::string_view name, double fraction) {
-    return static_cast<double>(hash_bytes(name) >> 11) * 0x1p-53 < fraction;
+size_t next_line_cut(std::string_view text, size_t from) {
+    for (size_t at = text.find('\n', std::max<size_t>(from, 1)); at < text.size(); at = text.find('\n', at + 1))
+        if (!ends_in_space(text.substr(0, at))) return at;
+    return text.size();
+}
+
+double split_position(std::string_view name) { return static_cast<double>(hash_bytes(name) >> 11) * 0x1p-53; }
+
+std::vector<FileKind> classify(std::span<const SourceFile> files, int threads) {
+    std::map<int64_t, int> of_size;
+    for (const SourceFile& file : files) ++of_size[file.bytes];
+    std::vector<FileKind> kinds(files.size());
+    std::vector<uint64_t> hashes(files.size());
+    parallel_for(files.size(), threads, [&](size_t i, int) {
+        kinds[i] = kind_alone(files[i].path);
+        if (kinds[i] == FileKind::text && of_size.at(files[i].bytes) > 1) hashes[i] = hash_file(files[i].path);
+    });
+    std::set<std::pair<int64_t, uint64_t>> contents;
+    for (size_t i = 0; i < files.size(); ++i)
+        if (kinds[i] == FileKind::text && !contents.emplace(files[i].bytes, hashes[i]).second) kinds[i] = FileKind::duplicate;
+    return kinds;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,20 +20,25 @@ std::set<std::string> parse_extensions(const std::string& list);
 extern const char* const kTextExtensions;
 
 // The files of the inputs, input by input, each folder's in byte order of their names. A folder is searched recursively
-// through symbolic links, for the given extensions, without hidden files and folders; a file named as an input is taken
-// whatever its extension. A file that is reached twice is taken once. Throws Error when an input does not exist.
+// through symbolic links, for the given extensions (before a .gz or .zst), without hidden files and folders; a file named as
+// an input is taken whatever its extension. A file that is reached twice is taken once. Throws Error when an input does not exist.
 std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs, const std::set<std::string>& extensions);
 
 // A NUL byte in the first 4 KiB: no text file has one (UTF-16 has; it would have to be converted first).
 bool is_binary(std::string_view bytes);
 
-// The documents of a file: the whole of it, or with a separator the parts between its occurrences, without empty ones.
-std::vector<std::string_view> split_documents(std::string_view text, std::string_view separator);
-
-// The first place at or after `from` where `text` can be cut so that encoding both sides alone gives the ids of the
-// whole: before a newline that follows a printable ASCII character. text.size() when there is none.
+// Places where `text` can be cut so that encoding both sides alone gives the ids of the whole: before ASCII white space
+// that follows a character that is not white space. The first one at or after `from`, text.size() when there is none;
+// next_line_cut: before a newline only.
 size_t next_cut(std::string_view text, size_t from);
+size_t next_line_cut(std::string_view text, size_t from);
 
-// Whether a document belongs to the validation split: a hash of its name below the fraction. So a document stays on its
-// side when others come or go.
-bool is_validation(std::string_view name, double fraction);
+// Where a document stands between training and validation, in [0, 1): a hash of its name. Below the validation fraction it
+// is a validation document, and so stays on its side when others come or go.
+double split_position(std::string_view name);
+
+enum class FileKind : uint8_t { text, empty, binary, duplicate };
+
+// What each file is; a duplicate holds the same bytes as an earlier one. Reads the first 4 KiB of each (unpacked), and files
+// of equal size once more.
+std::vector<FileKind> classify(std::span<const SourceFile> files, int threads);

@@ -18,30 +18,61 @@ namespace {
 struct CommandLine {
     PrepareOptions prepare;
     std::string tokenizer = "bytes";
-    std::string gpt2_ranks;
+    std::string gpt2_ranks = kGpt2Ranks;
 };
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double megabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e6; }
 
 void define_options(CLI::App& app, CommandLine& line) {
     PrepareOptions& prepare = line.prepare;
     prepare.extensions = kTextExtensions;
     prepare.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     app.option_defaults()->always_capture_default();
-    app.add_option("INPUT", prepare.inputs, "text files, and folders to search for them")->required();
+    app.add_option("INPUT", prepare.inputs, "text files, .jsonl files, either of them as .gz or .zst; and folders to search for such")->required();
     app.add_option("--out", prepare.out, "folder for the shards and meta.json")->required();
     app.add_option("--tokenizer", line.tokenizer, "bytes or gpt2");
-    app.add_option("--gpt2-ranks", line.gpt2_ranks, "OpenAI's r50k_base.tiktoken, for --tokenizer gpt2");
+    app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (`make data-gpt2-ranks` brings them), for --tokenizer gpt2");
     app.add_option("--val-fraction", prepare.val_fraction, "part of the documents for validation, chosen by name");
     app.add_option("--shard-tokens", prepare.shard_tokens, "most tokens of one shard");
     app.add_option("--extensions", prepare.extensions, "of files in folders; \"none\": files without one");
     app.add_option("--document-separator", prepare.separator,
                    "text between the documents of one file, e.g. \"<|endoftext|>\"; empty: one document a file");
+    app.add_option("--text-field", prepare.text_field, "member of the objects of .jsonl files that is the document");
+    app.add_flag("--skip-bad-lines", prepare.skip_bad_lines, "leave out and count .jsonl lines without that text");
     app.add_option("--threads", prepare.threads, "does not change the output");
     app.add_flag("--overwrite", prepare.overwrite, "replace the shards in --out");
 }
 
-void show_progress(int64_t done, int64_t total) {
-    std::fprintf(stderr, "\r%.1f of %.1f MB", static_cast<double>(done) / 1e6, static_cast<double>(total) / 1e6);
-}
+// A bar on a terminal; in a file a line every ten seconds.
+class Progress {
+  public:
+    explicit Progress(bool terminal) : terminal_(terminal) {}
+    ~Progress() {
+        if (terminal_) std::fputs("\r\x1b[K", stderr);
+    }
+
+    void show(int64_t done, int64_t total) {
+        const double seconds = seconds_since(start_), fraction = total > 0 ? static_cast<double>(done) / static_cast<double>(total) : 1;
+        if (seconds_since(shown_) < (terminal_ ? 0.1 : 10)) return;
+        shown_ = Clock::now();
+        const std::string text = message("%3.0f %% | %.1f of %.1f MB | %.1f MB/s | %.0f s left", 100 * fraction, megabytes(done),
+                                         megabytes(total), megabytes(done) / seconds, seconds * (1 - fraction) / std::max(fraction, 1e-9));
+        if (!terminal_) {
+            std::fprintf(stderr, "prepare | %s\n", text.c_str());
+            return;
+        }
+        constexpr size_t kWidth = 30;
+        const auto filled = static_cast<size_t>(std::min(fraction, 1.0) * kWidth);
+        std::fprintf(stderr, "\r[%s%s] %s\x1b[K", std::string(filled, '=').c_str(), std::string(kWidth - filled, ' ').c_str(), text.c_str());
+    }
+
+  private:
+    bool terminal_;
+    Clock::time_point start_ = Clock::now(), shown_ = start_;
+};
 
 void print_split(const char* name, const SplitCounts& counts) {
     std::printf("%-5s | %lld documents | %lld bytes | %lld tokens | %.3f bytes/token | %lld shards\n", name,
@@ -55,24 +86,27 @@ void print_summary(const CommandLine& line, const PrepareSummary& summary, doubl
     std::printf("files | %lld taken | skipped: %lld binary, %lld empty, %lld duplicates\n",
                 static_cast<long long>(summary.files), static_cast<long long>(summary.binary_files),
                 static_cast<long long>(summary.empty_files), static_cast<long long>(summary.duplicate_files));
+    if (summary.bad_lines > 0) std::printf("lines | %lld without a text skipped\n", static_cast<long long>(summary.bad_lines));
     print_split("train", summary.train);
     print_split("val", summary.val);
     if (summary.val.tokens > 0)
         std::printf("val entropy | %.4f nats/token | %.4f nats/byte (unigram)\n", summary.val_token_entropy,
                     summary.val_byte_entropy);
     std::printf("%s | tokenizer %s | %.2f s | %.1f MB/s\n", line.prepare.out.c_str(), line.tokenizer.c_str(), seconds,
-                static_cast<double>(summary.train.bytes + summary.val.bytes) / 1e6 / seconds);
+                megabytes(summary.train.bytes + summary.val.bytes) / seconds);
+}
+
+PrepareSummary prepare_with_progress(CommandLine& line) {
+    Progress progress(isatty(STDERR_FILENO) == 1);
+    line.prepare.progress = [&](int64_t done, int64_t total) { progress.show(done, total); };
+    const auto tokenizer = make_tokenizer(line.tokenizer, line.gpt2_ranks);
+    return prepare_shards(line.prepare, *tokenizer);
 }
 
 void run(CommandLine& line) {
-    using Clock = std::chrono::steady_clock;
-    const bool terminal = isatty(STDERR_FILENO) == 1;
-    if (terminal) line.prepare.progress = show_progress;
     const auto start = Clock::now();
-    const auto tokenizer = make_tokenizer(line.tokenizer, line.gpt2_ranks);
-    const PrepareSummary summary = prepare_shards(line.prepare, *tokenizer);
-    if (terminal) std::fputs("\r\x1b[K", stderr);
-    print_summary(line, summary, std::chrono::duration<double>(Clock::now() - start).count());
+    const PrepareSummary summary = prepare_with_progress(line);
+    print_summary(line, summary, seconds_since(start));
 }
 
 }  // namespace

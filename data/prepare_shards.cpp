@@ -1,41 +1,25 @@
 #include "data/prepare_shards.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
-#include <unordered_set>
 
+#include "data/byte_source.h"
 #include "data/corpus.h"
-#include "data/hash.h"
-#include "data/mapped_file.h"
-#include "data/parallel_for.h"
+#include "data/json_text.h"
+#include "data/ordered_pool.h"
 #include "data/shard_set.h"
+#include "data/text_blocks.h"
 #include "kernels/common/check.h"
 
 namespace fs = std::filesystem;
 
 namespace {
-
-// Memory: a group of segments is in memory as text and, at 4 bytes a token, as ids.
-constexpr size_t kSegmentBytes = size_t{1} << 20;
-constexpr size_t kGroupBytes = size_t{32} << 20;
-constexpr size_t kBatchFiles = 4096;  // mapped at a time; Linux allows 65,530 mappings
-
-struct LoadedFile {
-    MappedFile file;
-    bool binary = false;
-    uint64_t hash = 0;
-};
-
-// Work for one thread: part of one document.
-struct Segment {
-    std::string_view text;
-    bool validation;
-    bool begins_document;
-};
 
 double entropy_nats(const std::vector<int64_t>& histogram) {
     double total = 0, sum = 0;
@@ -45,16 +29,85 @@ double entropy_nats(const std::vector<int64_t>& histogram) {
     return sum;
 }
 
+// What becomes of the parts of a block on one side of the split.
+struct EncodedSide {
+    std::vector<uint32_t> ids;
+    int64_t documents = 0, bytes = 0;
+};
+
+struct Encoded {
+    std::unique_ptr<TextBlock> block;
+    EncodedSide train, val;
+    int64_t bad_lines = 0;
+};
+
+// Turns blocks into tokens. One a thread, with that thread's share of the counts.
+class BlockEncoder {
+  public:
+    BlockEncoder(const PrepareOptions& options, const DocumentRules& rules, const Tokenizer& tokenizer)
+        : val_token_counts(tokenizer.vocab_size()), val_byte_counts(256), options_(options), rules_(rules), tokenizer_(tokenizer.clone()) {}
+
+    void encode(Encoded& work) {
+        if (work.block->lines) encode_lines(work);
+        for (const TextPart& part : work.block->parts)
+            encode_part(work, std::string_view(work.block->text).substr(part.begin, part.end - part.begin), part.validation,
+                        part.begins_document);
+    }
+
+    std::vector<int64_t> val_token_counts, val_byte_counts;
+
+  private:
+    void encode_part(Encoded& work, std::string_view text, bool validation, bool begins_document) {
+        EncodedSide& side = validation ? work.val : work.train;
+        const size_t before = side.ids.size();
+        if (begins_document) side.ids.push_back(tokenizer_->end_of_text());
+        tokenizer_->encode(text, side.ids);
+        side.documents += begins_document;
+        side.bytes += static_cast<int64_t>(text.size());
+        if (!validation) return;
+        for (size_t i = before; i < side.ids.size(); ++i) ++val_token_counts[side.ids[i]];
+        for (const char byte : text) ++val_byte_counts[static_cast<uint8_t>(byte)];
+    }
+
+    void encode_document(Encoded& work, std::string_view text, bool validation) {
+        for (size_t at = 0; at < text.size();) {
+            const size_t bytes = part_end(text.substr(at));
+            encode_part(work, text.substr(at, bytes), validation, at == 0);
+            at += bytes;
+        }
+    }
+
+    void encode_lines(Encoded& work) {
+        const SourceFile& file = *work.block->lines;
+        int64_t number = work.block->first_line;
+        for (std::string_view rest = work.block->text; !rest.empty(); ++number) {
+            const std::string_view line = rest.substr(0, rest.find('\n'));
+            rest.remove_prefix(std::min(rest.size(), line.size() + 1));
+            if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+            const std::string problem = json_text(line, options_.text_field, text_);
+            REQUIRE(problem.empty() || options_.skip_bad_lines,
+                    "%s:%lld: %s: name the member with --text-field, or leave such lines out with --skip-bad-lines", file.path.c_str(),
+                    static_cast<long long>(number + 1), problem.c_str());
+            if (problem.empty())
+                encode_document(work, text_, rules_.is_validation(file.name + "#" + std::to_string(number)));
+            else
+                ++work.bad_lines;
+        }
+    }
+
+    const PrepareOptions& options_;
+    const DocumentRules& rules_;
+    std::unique_ptr<Tokenizer> tokenizer_;
+    std::string text_;
+};
+
 class Preparation {
   public:
     Preparation(const PrepareOptions& options, const Tokenizer& tokenizer)
         : options_(options),
+          tokenizer_(tokenizer),
           train_(options.out, "train", tokenizer.file_info(), options.shard_tokens),
-          val_(options.out, "val", tokenizer.file_info(), options.shard_tokens),
-          val_token_counts_(tokenizer.vocab_size()),
-          val_byte_counts_(256) {
-        for (int thread = 0; thread < options.threads; ++thread) tokenizers_.push_back(tokenizer.clone());
-    }
+          val_(options.out, "val", tokenizer.file_info(), options.shard_tokens) {}
 
     void add_files(const std::vector<SourceFile>& files);
     PrepareSummary finish();
@@ -64,111 +117,102 @@ class Preparation {
     }
 
   private:
-    void add_batch(std::span<const SourceFile> files);
-    void cut_documents(const SourceFile& file, std::string_view text, std::vector<Segment>& segments);
-    void encode_group(std::span<const Segment> segments);
-    void store(const Segment& segment, std::span<const uint32_t> ids);
+    std::vector<SourceFile> take_text_files(const std::vector<SourceFile>& files);
+    DocumentRules document_rules(std::span<const SourceFile> files) const;
+    void store(const Encoded& done);
+    void add_entropies(const std::vector<BlockEncoder>& encoders);
 
     const PrepareOptions& options_;
-    std::vector<std::unique_ptr<Tokenizer>> tokenizers_;  // one a thread
-    std::vector<std::vector<uint32_t>> ids_;              // of the segments of a group
+    const Tokenizer& tokenizer_;
     ShardSet train_, val_;
     PrepareSummary summary_;
-    std::vector<int64_t> val_token_counts_, val_byte_counts_;
-    std::unordered_set<uint64_t> contents_;  // hashes of the files taken so far
-    bool only_file_ = false;
-    int64_t bytes_done_ = 0, bytes_total_ = 0;
+    int64_t bytes_total_ = 0;
 };
 
-void Preparation::add_files(const std::vector<SourceFile>& files) {
-    only_file_ = files.size() == 1;
-    for (const SourceFile& file : files) bytes_total_ += file.bytes;
-    for (size_t first = 0; first < files.size();) {
-        size_t count = 0;
-        for (int64_t bytes = 0; first + count < files.size() && count < kBatchFiles; ++count) {
-            bytes += files[first + count].bytes;
-            if (count > 0 && bytes > static_cast<int64_t>(kGroupBytes)) break;
-        }
-        add_batch(std::span(files).subspan(first, count));
-        first += count;
-    }
-}
-
-void Preparation::add_batch(std::span<const SourceFile> files) {
-    std::vector<LoadedFile> loaded(files.size());
-    parallel_for(files.size(), options_.threads, [&](size_t i, int) {
-        loaded[i].file = MappedFile(files[i].path);
-        loaded[i].binary = is_binary(loaded[i].file.bytes());
-        if (!loaded[i].binary) loaded[i].hash = hash_bytes(loaded[i].file.bytes());
-    });
-    std::vector<Segment> segments;
+std::vector<SourceFile> Preparation::take_text_files(const std::vector<SourceFile>& files) {
+    const std::vector<FileKind> kinds = classify(files, options_.threads);
+    std::vector<SourceFile> taken;
     for (size_t i = 0; i < files.size(); ++i) {
-        const std::string_view text = loaded[i].file.bytes();
-        if (text.empty())
-            ++summary_.empty_files;
-        else if (loaded[i].binary)
-            ++summary_.binary_files;
-        // A copy would be trained on twice, and could be on both sides of the split.
-        else if (!contents_.insert(loaded[i].hash).second)
-            ++summary_.duplicate_files;
-        else
-            cut_documents(files[i], text, segments);
-    }
-    for (size_t first = 0; first < segments.size();) {
-        size_t count = 0;
-        for (size_t bytes = 0; first + count < segments.size() && bytes < kGroupBytes; ++count)
-            bytes += segments[first + count].text.size();
-        encode_group(std::span(segments).subspan(first, count));
-        first += count;
-    }
-}
-
-void Preparation::cut_documents(const SourceFile& file, std::string_view text, std::vector<Segment>& segments) {
-    ++summary_.files;
-    const auto add_document = [&](std::string_view document, bool validation) {
-        ++(validation ? summary_.val : summary_.train).documents;
-        for (size_t at = 0; at < document.size();) {
-            const size_t end = next_cut(document, at + kSegmentBytes);
-            segments.push_back({document.substr(at, end - at), validation, at == 0});
-            at = end;
+        switch (kinds[i]) {
+            case FileKind::text: taken.push_back(files[i]); break;
+            case FileKind::empty: ++summary_.empty_files; break;
+            case FileKind::binary: ++summary_.binary_files; break;
+            // A copy would be trained on twice, and could be on both sides of the split.
+            case FileKind::duplicate: ++summary_.duplicate_files; break;
         }
-    };
-    const auto documents = split_documents(text, options_.separator);
-    if (only_file_ && documents.size() == 1 && options_.val_fraction > 0) {
+    }
+    return taken;
+}
+
+int64_t unpacked_bytes(const SourceFile& file) {
+    if (!is_compressed(file.path)) return file.bytes;
+    std::vector<char> chunk(size_t{1} << 18);
+    const auto source = open_text_source(file.path);
+    int64_t bytes = 0;
+    while (const size_t now = source->read(chunk.data(), chunk.size())) bytes += static_cast<int64_t>(now);
+    return bytes;
+}
+
+DocumentRules Preparation::document_rules(std::span<const SourceFile> files) const {
+    DocumentRules rules{.separator = options_.separator, .val_fraction = options_.val_fraction};
+    const bool file_is_document = options_.separator.empty() && std::none_of(files.begin(), files.end(), is_json_lines);
+    if (!file_is_document || options_.val_fraction == 0 || files.empty()) return rules;
+    if (files.size() == 1) {
         // One document cannot be on both sides: its end becomes the validation document.
-        const auto wanted = static_cast<size_t>(static_cast<double>(documents[0].size()) * (1 - options_.val_fraction));
-        const size_t cut = next_cut(documents[0], wanted);
-        add_document(documents[0].substr(0, cut), false);
-        if (cut < documents[0].size()) add_document(documents[0].substr(cut), true);
-        return;
+        rules.hold_out_from = static_cast<int64_t>(static_cast<double>(unpacked_bytes(files[0])) * (1 - options_.val_fraction));
+        return rules;
     }
-    for (size_t i = 0; i < documents.size(); ++i) {
-        const std::string name = options_.separator.empty() ? file.name : file.name + "#" + std::to_string(i);
-        add_document(documents[i], is_validation(name, options_.val_fraction));
-    }
+    // Of a handful of documents none may lie below the fraction: then the nearest one is taken.
+    rules.val_first = 1;
+    for (const SourceFile& file : files) rules.val_first = std::min(rules.val_first, split_position(file.name));
+    return rules;
 }
 
-void Preparation::encode_group(std::span<const Segment> segments) {
-    ids_.resize(std::max(ids_.size(), segments.size()));
-    parallel_for(segments.size(), options_.threads, [&](size_t i, int thread) {
-        Tokenizer& tokenizer = *tokenizers_[static_cast<size_t>(thread)];
-        ids_[i].clear();
-        if (segments[i].begins_document) ids_[i].push_back(tokenizer.end_of_text());
-        tokenizer.encode(segments[i].text, ids_[i]);
-    });
-    for (size_t i = 0; i < segments.size(); ++i) {
-        store(segments[i], ids_[i]);
-        bytes_done_ += static_cast<int64_t>(segments[i].text.size());
+void Preparation::add_files(const std::vector<SourceFile>& files) {
+    const std::vector<SourceFile> taken = take_text_files(files);
+    summary_.files = static_cast<int64_t>(taken.size());
+    for (const SourceFile& file : taken) bytes_total_ += file.bytes;
+    const DocumentRules rules = document_rules(taken);
+    std::vector<BlockEncoder> encoders;
+    for (int thread = 0; thread < options_.threads; ++thread) encoders.emplace_back(options_, rules, tokenizer_);
+
+    OrderedPool<Encoded> pool(options_.threads, [&](Encoded& work, int thread) { encoders[static_cast<size_t>(thread)].encode(work); });
+    TextBlockReader reader(taken, rules);
+    const size_t budget = static_cast<size_t>(2 * options_.threads + 2) * kPartBytes;
+    size_t bytes = 0;  // of the blocks under way
+    const auto store_oldest = [&] {
+        const std::unique_ptr<Encoded> done = pool.pop();
+        bytes -= done->block->text.size();
+        store(*done);
+    };
+    while (std::unique_ptr<TextBlock> block = reader.next()) {
+        bytes += block->text.size();
+        pool.push(std::make_unique<Encoded>(Encoded{.block = std::move(block), .train = {}, .val = {}}));
+        while (!pool.empty() && bytes > budget) store_oldest();
     }
-    if (options_.progress) options_.progress(bytes_done_, bytes_total_);
+    while (!pool.empty()) store_oldest();
+    add_entropies(encoders);
 }
 
-void Preparation::store(const Segment& segment, std::span<const uint32_t> ids) {
-    (segment.validation ? val_ : train_).append(ids);
-    (segment.validation ? summary_.val : summary_.train).bytes += static_cast<int64_t>(segment.text.size());
-    if (!segment.validation) return;
-    for (const uint32_t id : ids) ++val_token_counts_[id];
-    for (const char byte : segment.text) ++val_byte_counts_[static_cast<uint8_t>(byte)];
+void Preparation::store(const Encoded& done) {
+    train_.append(done.train.ids);
+    val_.append(done.val.ids);
+    summary_.train.documents += done.train.documents;
+    summary_.train.bytes += done.train.bytes;
+    summary_.val.documents += done.val.documents;
+    summary_.val.bytes += done.val.bytes;
+    summary_.bad_lines += done.bad_lines;
+    if (options_.progress) options_.progress(done.block->bytes_consumed, bytes_total_);
+}
+
+void Preparation::add_entropies(const std::vector<BlockEncoder>& encoders) {
+    std::vector<int64_t> tokens(tokenizer_.vocab_size()), bytes(256);
+    for (const BlockEncoder& encoder : encoders) {
+        std::transform(tokens.begin(), tokens.end(), encoder.val_token_counts.begin(), tokens.begin(), std::plus<>());
+        std::transform(bytes.begin(), bytes.end(), encoder.val_byte_counts.begin(), bytes.begin(), std::plus<>());
+    }
+    summary_.val_token_entropy = entropy_nats(tokens);
+    summary_.val_byte_entropy = entropy_nats(bytes);
 }
 
 PrepareSummary Preparation::finish() {
@@ -186,8 +230,6 @@ PrepareSummary Preparation::finish() {
     summary_.train.shards = train_.shards();
     summary_.val.tokens = val_.tokens();
     summary_.val.shards = val_.shards();
-    summary_.val_token_entropy = entropy_nats(val_token_counts_);
-    summary_.val_byte_entropy = entropy_nats(val_byte_counts_);
     return summary_;
 }
 
@@ -217,6 +259,7 @@ void write_meta(const PrepareOptions& options, const Tokenizer& tokenizer, const
         {"files", summary.files},
         {"skipped_files",
          {{"binary", summary.binary_files}, {"empty", summary.empty_files}, {"duplicate", summary.duplicate_files}}},
+        {"skipped_lines", summary.bad_lines},
         {"train", json_of(summary.train)},
         {"val", json_of(summary.val)},
         {"val_token_entropy_nats", entropy(summary.val_token_entropy)},
@@ -238,6 +281,7 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
             options.val_fraction);
     REQUIRE(options.shard_tokens >= 1, "--shard-tokens %lld: must be at least 1",
             static_cast<long long>(options.shard_tokens));
+    REQUIRE(options.separator.size() <= 4096, "--document-separator: %zu bytes, must be at most 4096", options.separator.size());
     REQUIRE(options.threads >= 1 && options.threads <= 1024, "--threads %d: must be 1 to 1024", options.threads);
     const auto files = find_source_files(options.inputs, parse_extensions(options.extensions));
     REQUIRE(!files.empty(), "%s%s: no files with the extensions %s", options.inputs[0].c_str(),

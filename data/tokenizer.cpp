@@ -1,5 +1,7 @@
 #include "data/tokenizer.h"
 
+#include <filesystem>
+
 #include "data/gpt2_tokenizer.h"
 #include "kernels/common/check.h"
 
@@ -23,8 +25,8 @@ std::string ByteTokenizer::decode(std::span<const uint32_t> ids) const {
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name, const std::string& gpt2_ranks) {
     if (name == tokenizer_name(TokenizerId::bytes)) return std::make_unique<ByteTokenizer>();
     REQUIRE(name == tokenizer_name(TokenizerId::gpt2), "tokenizer \"%s\": must be bytes or gpt2", name.c_str());
-    REQUIRE(!gpt2_ranks.empty(),
-            "tokenizer gpt2: needs --gpt2-ranks FILE, the byte-pair ranks that OpenAI publishes as "
-            "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken");
+    REQUIRE(std::filesystem::exists(gpt2_ranks),
+            "--gpt2-ranks %s: no such file: bring GPT-2's byte-pair ranks with `make data-gpt2-ranks`, or use --tokenizer bytes",
+            gpt2_ranks.c_str());
     return std::make_unique<Gpt2Tokenizer>(gpt2_ranks);
 }

@@ -43,5 +43,8 @@ class ByteTokenizer final : public Tokenizer {
     std::unique_ptr<Tokenizer> clone() const override { return std::make_unique<ByteTokenizer>(); }
 };
 
+// Where `make data-gpt2-ranks` puts GPT-2's ranks, from the repository's root.
+inline constexpr const char* kGpt2Ranks = "deps/gpt2.tiktoken";
+
 // name: "bytes" or "gpt2"; gpt2_ranks: the ranks file (gpt2_tokenizer.h), needed by "gpt2" only.
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name, const std::string& gpt2_ranks);

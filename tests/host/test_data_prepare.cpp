@@ -8,7 +8,9 @@
 #include "data/corpus.h"
 #include "data/hash.h"
 #include "data/parallel_for.h"
+#include "data/ordered_pool.h"
 #include "data/prepare_shards.h"
+#include "data/text_blocks.h"
 #include "tests/host/test_data_support.h"
 
 namespace {
@@ -81,36 +83,44 @@ TEST(FindSourceFiles, FollowsLinksOutOfTheFolder) {
     EXPECT_EQ(names_of(find_source_files({folder.path()}, {"txt"})), (std::vector<std::string>{"link/far.txt", "near.txt"}));
 }
 
-TEST(Corpus, CutsBeforeNewlinesThatFollowVisibleCharacters) {
-    EXPECT_EQ(next_cut("ab\ncd\n", 0), 2u);
-    EXPECT_EQ(next_cut("ab\ncd\n", 3), 5u);
+TEST(Corpus, CutsBeforeSpacesThatFollowVisibleCharacters) {
+    EXPECT_EQ(next_cut("ab\ncd ef", 0), 2u);
+    EXPECT_EQ(next_cut("ab\ncd ef", 3), 5u);
     EXPECT_EQ(next_cut("ab\ncd", 3), 5u) << "the end";
     EXPECT_EQ(next_cut("\n\n \n\t\nx\n", 0), 7u) << "not after white space";
-    EXPECT_EQ(next_cut("\xc2\xa0\n", 0), 3u) << "U+00A0 is white space, so nothing that is not ASCII counts";
+    EXPECT_EQ(next_cut("\xe4\xb8\xad\t\xc3", 0), 3u) << "a letter that is not ASCII";
+    EXPECT_EQ(next_cut("\xff\r", 0), 1u) << "what is not UTF-8 becomes U+FFFD";
     EXPECT_EQ(next_cut("", 5), 0u);
+    EXPECT_EQ(next_line_cut("ab cd\n", 0), 5u);
+    // Unicode's White_Space is no visible character; its neighbours are.
+    for (const char* space : {"\u0085", "\u00a0", "\u1680", "\u2000", "\u2005", "\u200a", "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"})
+        EXPECT_EQ(next_cut(std::string(space) + "\n", 0), std::string_view(space).size() + 1);
+    for (const char* visible : {"\u0086", "\u00a1", "\u1681", "\u1fff", "\u200b", "\u2030", "\u2060", "\u3001", "\u180e"})
+        EXPECT_EQ(next_cut(std::string(visible) + "\n", 0), std::string_view(visible).size());
 }
 
-TEST(Corpus, SplitsDocuments) {
-    using Documents = std::vector<std::string_view>;
-    EXPECT_EQ(split_documents("abc", ""), (Documents{"abc"}));
-    EXPECT_EQ(split_documents("a<>b<><>c<>", "<>"), (Documents{"a", "b", "c"}));
-    EXPECT_EQ(split_documents("<>", "<>"), Documents{});
-}
-
+// The split is part of the data format: the hash must never change.
 TEST(Corpus, SplitByNameIsStableAndInProportion) {
     int val = 0;
-    for (int i = 0; i < 10000; ++i) val += is_validation("folder/file" + std::to_string(i) + ".txt", 0.05);
+    for (int i = 0; i < 10000; ++i) val += split_position("folder/file" + std::to_string(i) + ".txt") < 0.05;
     EXPECT_NEAR(val, 500, 5 * 22);  // 5 standard deviations of a binomial count
-    for (int i = 0; i < 100; ++i) {
-        const std::string name = std::to_string(i);
-        EXPECT_FALSE(is_validation(name, 0));
-        EXPECT_TRUE(!is_validation(name, 0.1) || is_validation(name, 0.2)) << "a larger fraction only adds documents";
-    }
-    // The split is part of the data format: the hash must never change.
     EXPECT_EQ(hash_bytes("crt/host_runtime.h"), 0xd5d01cde2f2c3fc0u);
     EXPECT_EQ(hash_bytes("cuda_fp8.h"), 0x6cfd37dc51e93fd7u);
     EXPECT_EQ(hash_bytes("abcd"), 0xe9a34ff64b43be2du);
     EXPECT_EQ(hash_bytes("a"), 0xc4850b2213703926u);
+}
+
+TEST(Corpus, PartsAreCutAtSpacesWithinBounds) {
+    const std::string word(kPartBytes + 100, 'x');
+    EXPECT_EQ(part_end("short"), 5u);
+    EXPECT_EQ(part_end(word + " tail"), word.size());
+    EXPECT_EQ(part_end(word), word.size()) << "the end of the document comes before the longest part";
+    const std::string endless(kLongestPart + 10, 'x');
+    EXPECT_EQ(part_end(endless), kLongestPart);
+    std::string chinese;
+    while (chinese.size() < kLongestPart + 10) chinese += "\xe4\xb8\xad";
+    EXPECT_EQ(part_end(chinese), kLongestPart / 3 * 3) << "between characters";
+    EXPECT_EQ(part_end(std::string(kLongestPart + 10, '\x80')), kLongestPart) << "no characters at all";
 }
 
 TEST(ParallelFor, VisitsAllAndReportsTheFirstError) {
@@ -119,6 +129,17 @@ TEST(ParallelFor, VisitsAllAndReportsTheFirstError) {
     EXPECT_EQ(visits, std::vector<int>(1000, 1));
     EXPECT_ERROR(parallel_for(100, 4, [](size_t i, int) { REQUIRE(i < 30, "at %zu", i); }), "at 30");
     parallel_for(0, 4, [](size_t, int) { FAIL(); });
+}
+
+TEST(OrderedPool, ReturnsItemsInOrderAndTheirErrors) {
+    OrderedPool<int> pool(3, [](int& item, int thread) {
+        REQUIRE(item != 70, "at 70 of thread %d", thread < 3 ? 0 : thread);
+        item *= 2;
+    });
+    for (int i = 0; i < 100; ++i) pool.push(std::make_unique<int>(i));
+    for (int i = 0; i < 70; ++i) EXPECT_EQ(*pool.pop(), 2 * i);
+    EXPECT_ERROR(pool.pop(), "at 70 of thread 0");
+    EXPECT_EQ(*pool.pop(), 142);  // the rest is dropped with the pool
 }
 
 TEST(Prepare, PutsEndOfTextBeforeEachDocument) {
@@ -209,11 +230,35 @@ TEST(Prepare, HoldsOutTheEndOfASingleDocument) {
 
 TEST(Prepare, SplitsAFileAtTheSeparator) {
     const TempFolder folder;
-    write_text(folder / "in.txt", "one\n--\ntwo\n--\nthree\n");
-    PrepareOptions options = options_for(folder / "in.txt", folder / "out");
-    options.separator = "\n--\n";
-    EXPECT_EQ(prepare(options).train.documents, 3);
-    EXPECT_EQ(text_of(folder / "out", "train"), "|one|two|three\n");
+    const auto text_with = [&](const std::string& text, const std::string& separator) {
+        write_text(folder / "in.txt", text);
+        PrepareOptions options = options_for(folder / "in.txt", folder / "out");
+        options.separator = separator;
+        options.overwrite = true;
+        prepare(options);
+        return text_of(folder / "out", "train");
+    };
+    EXPECT_EQ(text_with("one\n--\ntwo\n--\nthree\n", "\n--\n"), "|one|two|three\n");
+    EXPECT_EQ(text_with("<>a<>b<><>c<>", "<>"), "|a|b|c") << "empty documents are none";
+    // Separators at, before and across every place where reading or cutting could lose one.
+    for (const size_t at : {kPartBytes, kLongestPart, kLongestPart + 4}) {
+        for (size_t shift = 0; shift < 8; ++shift) {
+            const std::string first(at - shift, 'x'), second(kPartBytes + 3, 'y');
+            EXPECT_TRUE(text_with(first + "<--->" + second + "<--->z", "<--->") == "|" + first + "|" + second + "|z") << at << " " << shift;
+        }
+    }
+}
+
+TEST(Prepare, TakesAValidationDocumentFromAHandful) {
+    const TempFolder folder;
+    for (const char* name : {"a", "b", "c"}) write_text(folder / (std::string("in/") + name), name);
+    PrepareOptions options = options_for(folder / "in", folder / "out");
+    options.val_fraction = 1e-9;
+    const PrepareSummary summary = prepare(options);
+    EXPECT_EQ(summary.train.documents, 2);
+    EXPECT_EQ(summary.val.documents, 1);
+    const std::string val = text_of(folder / "out", "val");
+    for (const char* name : {"a", "b", "c"}) EXPECT_LE(split_position(val.substr(1)), split_position(name));
 }
 
 TEST(Prepare, WritesTheEntropyOfTheValidationText) {
@@ -264,7 +309,7 @@ TEST(Prepare, RefusesBadInputAndLeavesNothing) {
     };
     expect(error_with([](auto& o) { o.val_fraction = 1; }), "--val-fraction 1: must be at least 0 and below 1");
     expect(error_with([](auto& o) { o.val_fraction = std::nan(""); }), "--val-fraction nan");
-    expect(error_with([](auto& o) { o.val_fraction = 1e-9; }), "validation split is empty: 2 documents");
+    expect(error_with([](auto& o) { o.val_fraction = 1e-9, o.separator = "?"; }), "validation split is empty: 2 documents");
     expect(error_with([](auto& o) { o.val_fraction = 0.9999999; }), "training split is empty: 2 documents");
     expect(error_with([](auto& o) { o.shard_tokens = 0; }), "--shard-tokens 0");
     expect(error_with([](auto& o) { o.threads = 0; }), "--threads 0");
