@@ -23,7 +23,9 @@ SPILLS := $(if $(filter 120,$(ARCH)),,-Xptxas --warn-on-spills)
 NVCCFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -lineinfo $(INCLUDES) -gencode=arch=compute_$(ARCH),code=sm_$(ARCH) \
              --expt-relaxed-constexpr -Werror all-warnings \
              $(SPILLS) -Xcompiler "-Wall -Wextra -fopenmp -Wno-unused-parameter -Wno-missing-field-initializers" $(EXTRA_NVCCFLAGS)
-LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp -Ldeps/lib -l:libpcre2-8.a
+# What data/ needs, static: a program runs on machines that lack them.
+DATA_LIBS := -Ldeps/lib -l:libpcre2-8.a -l:libz.a -l:libzstd.a
+LDLIBS := -L$(CUDA)/lib64 -Xlinker -rpath -Xlinker $(CUDA)/lib64 -lcublasLt -lcublas -ldl -lpthread -lgomp $(DATA_LIBS)
 # CUPTI is loaded at run time, by --profile alone; its headers lie beside CUDA's or here.
 $(BUILD)/trainer/cupti_profiler.o: CXXFLAGS += -isystem $(CUDA)/extras/CUPTI/include
 LDLIBS += -Xlinker -rpath -Xlinker $(CUDA)/extras/CUPTI/lib64
@@ -63,7 +65,8 @@ $(eval $(call uses,CUDNN_FRONTEND,kernels/attention/cudnn))
 KERNEL_OBJECTS := $(patsubst %.cu,$(BUILD)/%.o,$(wildcard kernels/*.cu kernels/*/*.cu)) \
                   $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard kernels/*.cpp kernels/*/*.cpp))
 TRAINER_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard trainer/*.cpp trainer/reference/*.cpp trainer/run/*.cpp trainer/distributed/*.cpp))
-DATA_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out data/prepare.cpp,$(wildcard data/*.cpp)))
+DATA_PROGRAMS := prepare inspect
+DATA_OBJECTS := $(patsubst %.cpp,$(BUILD)/%.o,$(filter-out $(DATA_PROGRAMS:%=data/%.cpp),$(wildcard data/*.cpp)))
 DEV_PROGRAMS := $(patsubst dev/%.cu,%,$(wildcard dev/*.cu))
 COMMIT := $(shell git describe --always --dirty --abbrev=9 2>/dev/null || echo unknown)
 HOST_TESTS := $(patsubst %.cpp,$(BUILD)/%,$(wildcard tests/host/*.cpp))
@@ -75,20 +78,20 @@ $(BUILD)/mpi_plugin.so: trainer/distributed/mpi/plugin.cpp trainer/distributed/m
 	  $(addprefix -isystem ,$(MPI_FOLDERS)) $< -o $@ $(MPI_LIBS)
 
 .PHONY: all
-all: train_gpt_fp8 data/prepare $(MPI_PLUGIN)
+all: train_gpt_fp8 $(DATA_PROGRAMS:%=data/%) $(MPI_PLUGIN)
 
 # Links to the build of this ARCH. make follows a link and would think the one to another ARCH up to date: hence `links`.
 train_gpt_fp8: $(BUILD)/train_gpt_fp8 links
 	@[ "$$(readlink $@)" = "$<" ] || ln -sf $< $@
-data/prepare: $(BUILD)/data/prepare links
+$(DATA_PROGRAMS:%=data/%): data/%: $(BUILD)/data/% links
 	@[ "$$(readlink $@)" = "../$<" ] || ln -sf ../$< $@
 .PHONY: links
 links:
 
 $(BUILD)/train_gpt_fp8: $(BUILD)/train_gpt_fp8.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS)
-$(BUILD)/data/prepare: $(BUILD)/data/prepare.o $(DATA_OBJECTS)
-	@echo "  link $@" && $(CXX) -o $@ $^ -Ldeps/lib -l:libpcre2-8.a -lpthread -lgomp
+$(DATA_PROGRAMS:%=$(BUILD)/data/%): $(BUILD)/data/%: $(BUILD)/data/%.o $(DATA_OBJECTS)
+	@echo "  link $@" && $(CXX) -o $@ $^ $(DATA_LIBS) -lpthread -lgomp
 
 # Dev programs link the product's own objects: a kernel exists once. dev/NAME.cu of a kernel needs just that kernel, with
 # the backends in its folder kernels/NAME/ if it has one; any other dev program gets everything. What a dev program is too
@@ -109,6 +112,7 @@ $(BUILD)/%.o: %.cpp | deps-check
 	@mkdir -p $(@D) && echo "  c++  $<" && $(CCACHE) $(CXX) $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
 .SECONDARY:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+include tests/fuzz/fuzz.mk
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One kernel at a time: make check-NAME, make bench-NAME for every dev/NAME.cu
@@ -172,7 +176,8 @@ mutants: all
 # Required libraries that the system lacks (Debian packages), and the headers of cudnn-frontend (a Python package), unpacked
 # into deps/, which can travel to a machine without network
 
-DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev
+DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev \
+        zlib.h:zlib1g-dev zstd.h:libzstd-dev
 MISSING_DEPS = $(strip $(foreach d,$(DEPS),$(if $(wildcard /usr/include/$(firstword $(subst :, ,$d)) deps/include/$(firstword $(subst :, ,$d))),,$d)))
 .PHONY: deps deps-check cudnn-frontend
 deps: cudnn-frontend
@@ -180,7 +185,7 @@ deps: cudnn-frontend
 	  { apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))) || { apt-get update -qq && \
 	    apt-get download -qq $(foreach d,$(DEPS),$(lastword $(subst :, ,$d))); }; } && \
 	  for f in *.deb; do dpkg -x $$f unpacked; done && mkdir -p ../include ../lib && \
-	  cp -r unpacked/usr/include/. ../include/ && cp $$(find unpacked/usr/lib -name '*.a') ../lib/ && \
+	  cp -r $$(ls -d unpacked/usr/include/. unpacked/usr/include/*-linux-gnu/. 2>/dev/null) ../include/ && cp $$(find unpacked/usr/lib -name '*.a') ../lib/ && \
 	  cd .. && rm -rf download && echo "  deps/ is complete: it can be copied to a machine without network"
 # Optional: without it there is no --attention cudnn.
 cudnn-frontend:
@@ -193,7 +198,7 @@ deps-check:
 
 .PHONY: clean help
 clean:
-	rm -rf build train_gpt_fp8 data/prepare
+	rm -rf build train_gpt_fp8 $(DATA_PROGRAMS:%=data/%)
 help:
 	@echo "make                  build train_gpt_fp8 and data/prepare (ARCH=80: BF16 only, for sm_80 cards)"
 	@echo "make run              train the default model on the default corpus (ARGS=... adds options)"
@@ -201,5 +206,6 @@ help:
 	@echo "make check-NAME       correctness of one kernel on the GPU; bench-NAME its speed; NAME in: $(DEV_PROGRAMS)"
 	@echo "make gpu-report       remake tests/gpu_report/ on a GPU (STALE=1: only what is stale)"
 	@echo "make deps             bring the libraries that the system lacks into deps/"
+	@echo "make fuzz             fuzz every parser (FUZZ_SECONDS=60 each; needs clang)"
 	@echo "make layers           check the direction of includes"
 	@echo "make attention-archs  compile the attention path of every GPU for sm_80, 89, 90a and 120"

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import fuzz_tests
 import layers
 import program_tests
 
@@ -82,7 +83,9 @@ def gpu_tests(build, tally):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", default="build/sm_90a")
-    build = ROOT / parser.parse_args().build
+    parser.add_argument("--fuzz-seconds", type=int, default=0)
+    arguments = parser.parse_args()
+    build = ROOT / arguments.build
     os.environ["TRAIN_GPT_BUILD"] = str(build)
     tally = Tally()
     status = layers.main()
@@ -90,6 +93,7 @@ def main():
     host_tests(build, tally)
     function_tests(tally)
     gpu_tests(build, tally)
+    tally.add(*fuzz_tests.run(build, arguments.fuzz_seconds))
     if tally.skipped:
         print("skipped: what needs a GPU that this machine lacks (compiled, not run), or a file that is not here")
     print(f"{tally.passed} passed, {tally.failed} failed, {tally.skipped} skipped")

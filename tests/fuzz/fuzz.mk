@@ -1,0 +1,27 @@
+# Fuzzing: one libFuzzer program a parser, under AddressSanitizer and UBSan. Part of `make test`, which runs each for
+# FUZZ_SECONDS (0: its seeds only). `make fuzz` runs them alone. Needs clang and its runtime libraries (Debian: clang,
+# libclang-rt-14-dev); where they lack, the tests are counted as skipped.
+
+FUZZ_SECONDS ?= 0
+CLANG ?= clang++
+FUZZ_BUILD := $(BUILD)/fuzz
+FUZZ_FLAGS = -std=c++20 $(DEFINES) -O1 -g1 $(INCLUDES) -isystem $(CUDA)/include \
+             -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+FUZZ_TRAINER := checkpoint safetensors parameters model_spec recipe config schedule
+FUZZ_SOURCES := $(filter-out $(DATA_PROGRAMS:%=data/%.cpp),$(wildcard data/*.cpp)) $(FUZZ_TRAINER:%=trainer/%.cpp) tests/fuzz/exact_map.cpp
+FUZZ_PROGRAMS := $(patsubst tests/fuzz/%.cpp,$(FUZZ_BUILD)/%,$(wildcard tests/fuzz/fuzz_*.cpp))
+
+$(FUZZ_BUILD)/%.o: %.cpp | deps-check
+	@mkdir -p $(@D) && echo "  fuzz $<" && $(CCACHE) $(CLANG) $(FUZZ_FLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
+$(FUZZ_BUILD)/fuzz_%: $(FUZZ_BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SOURCES:%.cpp=$(FUZZ_BUILD)/%.o)
+	@echo "  link $@" && $(CLANG) -fsanitize=fuzzer,address,undefined -Wl,--wrap=mmap,--wrap=munmap -o $@ $^ $(DATA_LIBS) -lpthread
+
+FUZZ_PROBE := int LLVMFuzzerTestOneInput(const unsigned char *data, unsigned long size) { return data && size > 9; }
+.PHONY: fuzz fuzz-programs fuzz-build
+fuzz-build: $(FUZZ_PROGRAMS)
+fuzz-programs:
+	@if echo '$(FUZZ_PROBE)' | $(CLANG) -x c -fsanitize=fuzzer,address,undefined - -o $(BUILD)/fuzz_probe 2>/dev/null; \
+	 then rm -f $(BUILD)/fuzz_probe && $(MAKE) --no-print-directory fuzz-build; \
+	 else echo "  $(CLANG) with libFuzzer is not here: the parsers are not fuzzed"; rm -rf $(FUZZ_BUILD); fi
+fuzz: fuzz-programs $(BUILD)/train_gpt_fp8
+	$(PYTHON) tests/fuzz_tests.py --build $(BUILD) --seconds $(FUZZ_SECONDS)
