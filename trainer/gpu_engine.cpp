@@ -29,6 +29,7 @@ const EngineOptions& checked(const EngineOptions& o) {
             "--micro-batch %d x --seq-len %d = %d tokens: --recipe %s needs a multiple of 16 (FP8 weight gradients sum over tokens)",
             o.micro_batch, o.seq_len, tokens, o.recipe.name.c_str());
     REQUIRE(o.logit_rows >= 0 && o.logit_rows <= o.micro_batch, "logits of %d rows: must be 0 to the micro-batch, %d", o.logit_rows, o.micro_batch);
+    REQUIRE(o.parallel.world->size() == 1, "training on %d GPUs: not implemented; add --device cpu, or start one rank", o.parallel.world->size());
     return o;
 }
 
@@ -267,6 +268,25 @@ std::shared_future<void> GpuEngine::snapshot(TrainState& into) {
                into.adam_t = snapshot_state_.adam_t;
                into.skipped_steps = snapshot_state_.skipped_steps;
            }).share();
+}
+
+uint64_t GpuEngine::weights_digest() {
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    uint64_t hash = 0xcbf29ce484222325u;
+    std::vector<uint8_t> host;
+    const auto add = [&](const void* device, size_t bytes) {
+        if (device == nullptr) return;
+        host.resize(bytes);
+        CUDA_CHECK(cudaMemcpy(host.data(), device, bytes, cudaMemcpyDeviceToHost));
+        for (const uint8_t byte : host) hash = (hash ^ byte) * 0x100000001b3u;
+    };
+    for (size_t i = 0; i < list_.all.size(); ++i) add(model_.bf16_copy(int(i)), size_t(list_.all[i].padded_count()) * sizeof(__nv_bfloat16));
+    for (const QuantizeWeight& w : model_.quantized_weights(arrays_.params)) {
+        add(w.slot, sizeof(QuantSlot));
+        add(w.q, size_t(w.N) * size_t(w.K));
+        add(w.qt, size_t(w.N) * size_t(w.K));
+    }
+    return hash;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ class GpuEngine final : public Engine {
     double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
     void token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) override;
     void logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) override;
+    uint64_t weights_digest() override;
     std::string device_name() const override;
     std::vector<MemoryRow> memory_table() const override;
     std::vector<LinearRow> linear_table() const override;

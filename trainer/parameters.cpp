@@ -6,6 +6,8 @@
 
 #include "kernels/common/check.h"
 #include "trainer/philox.h"
+#include "trainer/distributed/shard.h"
+#include "trainer/recipe.h"
 
 namespace {
 
@@ -91,16 +93,48 @@ void fill_normal(const Parameter& p, float stddev, uint64_t seed, float* flat) {
     }
 }
 
-// Gives every parameter its place in the flat arrays.
+// ---------------------------------------------------------------------------------------------------------------------
+// Places in the flat arrays
+
+class Layout {
+  public:
+    explicit Layout(ParameterList& list) : list_(list) {}
+
+    int add_unit(const std::vector<int>& parameters, bool fits_fp8) {
+        Unit unit{.parameters = parameters, .begin = list_.flat_elements, .elements = 0, .fits_fp8 = fits_fp8};
+        for (const int i : parameters) place(list_.all[size_t(i)]);
+        unit.elements = padded_elements(list_.flat_elements - unit.begin, list_.ranks);
+        list_.flat_elements = unit.begin + unit.elements;
+        list_.units.push_back(unit);
+        return int(list_.units.size()) - 1;
+    }
+    void add_rest() {
+        list_.cleared_from = list_.flat_elements;
+        for (Parameter& p : list_.all)
+            if (!p.gemm_gradient) place(p);
+    }
+
+  private:
+    void place(Parameter& p) {
+        p.offset = list_.flat_elements;
+        list_.flat_elements += (p.padded_count() + 63) / 64 * 64;
+    }
+    ParameterList& list_;
+};
+
 void lay_out(ParameterList& list) {
-    for (const bool gemm_gradient : {true, false}) {
-        if (!gemm_gradient) list.cleared_from = list.flat_elements;
-        for (Parameter& p : list.all) {
-            if (p.gemm_gradient != gemm_gradient) continue;
-            p.offset = list.flat_elements;
-            list.flat_elements += (p.padded_count() + 63) / 64 * 64;
+    Layout layout(list);
+    list.embedding_unit = layout.add_unit({list.wte}, false);
+    for (const BlockParameters& b : list.blocks) {
+        std::vector<int>& units = list.block_units.emplace_back();
+        for (const bool fits : {true, false}) {
+            std::vector<int> matrices;
+            for (const int i : {b.qkv_weight, b.proj_weight, b.fc1_weight, b.fc2_weight})
+                if (fp8_obstacle(list[i].rows, list[i].cols).empty() == fits) matrices.push_back(i);
+            if (!matrices.empty()) units.push_back(layout.add_unit(matrices, fits));
         }
     }
+    layout.add_rest();
 }
 
 }  // namespace
@@ -111,8 +145,9 @@ int64_t ParameterList::published_count() const {
     return n;
 }
 
-ParameterList make_parameters(const ModelSpec& s) {
+ParameterList make_parameters(const ModelSpec& s, int ranks) {
     ParameterList list{};
+    list.ranks = ranks;
     ListBuilder add(list);
     list.wte = add.embedding("transformer.wte.weight", s.vocab_size, s.dim, s.padded_vocab(), true);  // tied: also the head
     list.wpe = add.embedding("transformer.wpe.weight", s.seq_len, s.dim, s.seq_len, false);
@@ -123,18 +158,60 @@ ParameterList make_parameters(const ModelSpec& s) {
     return list;
 }
 
+Held held_by(const ParameterList& list, int rank, int ranks) {
+    REQUIRE(ranks == list.ranks, "held_by: a list made for %d ranks, asked for %d", list.ranks, ranks);
+    Held held{};
+    for (const Unit& unit : list.units) {
+        held.unit_offsets.push_back(held.elements);
+        const Range slice = slice_range(unit.elements, rank, ranks);
+        std::vector<Range> places;
+        for (const int i : unit.parameters) places.push_back({list[i].offset - unit.begin, list[i].offset - unit.begin + list[i].padded_count()});
+        for (const Piece& p : pieces_in(places, slice))
+            held.pieces.push_back({.parameter = unit.parameters[size_t(p.tensor)], .first = p.first, .count = p.count, .offset = held.elements + p.offset});
+        held.elements += slice.size();
+    }
+    held.rest_offset = held.elements;
+    for (size_t i = 0; i < list.all.size(); ++i) {
+        const Parameter& p = list.all[i];
+        if (!p.gemm_gradient)
+            held.pieces.push_back({.parameter = int(i), .first = 0, .count = p.padded_count(), .offset = held.rest_offset + p.offset - list.cleared_from});
+    }
+    held.elements += list.flat_elements - list.cleared_from;
+    std::stable_sort(held.pieces.begin(), held.pieces.end(), [](const HeldPiece& a, const HeldPiece& b) { return a.parameter < b.parameter; });
+    return held;
+}
+
+namespace {
+
+void initialize(const Parameter& p, const ModelSpec& spec, uint64_t seed, float* flat) {
+    const float residual = 0.02f / std::sqrt(2.0f * float(spec.n_layers));  // Radford et al. 2019, section 2.3
+    switch (p.init) {
+        case Init::zeros: break;
+        case Init::ones: std::fill_n(flat, p.count(), 1.0f); break;
+        case Init::normal: fill_normal(p, 0.02f, seed, flat); break;
+        case Init::normal_residual: fill_normal(p, residual, seed, flat); break;
+    }
+}
+
+}  // namespace
+
 TrainState initial_state(const ParameterList& list, const ModelSpec& spec, uint64_t seed) {
     TrainState state;
     state.params.assign(size_t(list.flat_elements), 0.0f);
-    const float residual = 0.02f / std::sqrt(2.0f * float(spec.n_layers));  // Radford et al. 2019, section 2.3
-    for (const Parameter& p : list.all) {
-        float* flat = state.params.data() + p.offset;
-        switch (p.init) {
-            case Init::zeros: break;
-            case Init::ones: std::fill_n(flat, p.count(), 1.0f); break;
-            case Init::normal: fill_normal(p, 0.02f, seed, flat); break;
-            case Init::normal_residual: fill_normal(p, residual, seed, flat); break;
-        }
+    for (const Parameter& p : list.all) initialize(p, spec, seed, state.params.data() + p.offset);
+    return state;
+}
+
+// A piece in memory is not one of the file that the draws follow: draws a whole parameter, one at a time, and keeps the piece.
+TrainState initial_state(const ParameterList& list, const ModelSpec& spec, uint64_t seed, const Held& held) {
+    TrainState state;
+    state.params.assign(size_t(held.elements), 0.0f);
+    std::vector<float> whole;
+    for (const HeldPiece& piece : held.pieces) {
+        const Parameter& p = list[piece.parameter];
+        whole.assign(size_t(p.padded_count()), 0.0f);
+        initialize(p, spec, seed, whole.data());
+        std::copy_n(whole.begin() + piece.first, piece.count, state.params.begin() + piece.offset);
     }
     return state;
 }

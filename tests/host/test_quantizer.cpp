@@ -89,7 +89,9 @@ TEST(QuantizerAgainstTorch, EmulatedLinear) {
     uint32_t nonfinite = 0;
     reference::Linear linear(find_recipe("tensorwise"), out, in);
     ASSERT_TRUE(linear.fp8());
-    linear.set_weight(weight.data(), effective.data());
+    const float scale = scale_from_amax(amax_of(weight), Dtype::e4m3);
+    round_to_fp8(weight.data(), scale, Dtype::e4m3, effective.data(), int64_t(weight.size()));
+    linear.use(effective.data(), 1.0f / scale, nullptr);
     linear.forward(x.data(), y.data(), rows, &nonfinite);
     linear.backward({.x = x.data(), .dy = dy.data(), .dx = dx.data(), .dweight = dweight.data(), .dbias = dbias.data(), .rows = rows},
                     &nonfinite);
@@ -98,7 +100,6 @@ TEST(QuantizerAgainstTorch, EmulatedLinear) {
         for (size_t i = 0; i < a.size(); ++i) difference += std::pow(double(a[i]) - b[i], 2), norm += double(b[i]) * b[i];
         return std::sqrt(difference / norm);
     };
-    const float scale = scale_from_amax(amax_of(weight), Dtype::e4m3);
     for (size_t i = 0; i < weight.size(); ++i) ASSERT_EQ(effective[i], decode_fp8(encode_fp8(weight[i] * scale, Dtype::e4m3), Dtype::e4m3));
     EXPECT_EQ(nonfinite, 0u);
     EXPECT_LE(relative(y, golden().floats("linear.y")), 5e-7);
@@ -108,10 +109,10 @@ TEST(QuantizerAgainstTorch, EmulatedLinear) {
 
 TEST(QuantizedLinear, ReportsNonFiniteAmax) {
     const int rows = 16, in = 16, out = 32;
-    std::vector<float> weight(size_t(out * in), 0.5f), effective(weight.size()), y(size_t(rows * out)), dx(size_t(rows * in));
+    std::vector<float> weight(size_t(out * in), 0.5f), y(size_t(rows * out)), dx(size_t(rows * in));
     std::vector<float> dweight(weight.size()), dbias(size_t{out});
     reference::Linear linear(find_recipe("tensorwise"), out, in);
-    linear.set_weight(weight.data(), effective.data());
+    linear.use(weight.data(), 1.0f, nullptr);
     for (const float bad : {kInf, -kInf, kNan, 1.0f}) {
         const uint32_t expected = std::isfinite(bad) ? 0 : 1;
         std::vector<float> x(size_t(rows * in), 1.0f), dy(size_t(rows * out), 1.0f);

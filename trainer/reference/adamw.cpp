@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/common/mark.h"
 #include "trainer/reference/parallel.h"
 
 namespace reference {
@@ -12,17 +11,16 @@ namespace {
 constexpr int64_t kBlock = 16384;  // elements of a range
 }
 
-float global_norm(const float* grads, int64_t n) {
-    const Mark mark("global_norm");
+double sum_of_squares(const float* x, int64_t n) {
     std::vector<double> partials(size_t((n + kBlock - 1) / kBlock));
     parallel_ranges(n, kBlock, [&](int64_t begin, int64_t end) {
         double sum = 0;
-        for (int64_t i = begin; i < end; ++i) sum += double(grads[i]) * double(grads[i]);
+        for (int64_t i = begin; i < end; ++i) sum += double(x[i]) * double(x[i]);
         partials[size_t(begin / kBlock)] = sum;
     });
     double sum = 0;
     for (const double partial : partials) sum += partial;
-    return float(std::sqrt(sum));
+    return sum;
 }
 
 void optimizer_prepare(const AdamWConfig& config, float grad_norm, StepState& state) {
@@ -44,13 +42,12 @@ struct Slice {
     const AdamWConfig& config;
     const StepState& state;
     const AdamWUpdate& arrays;
-    float weight_decay;
 };
 
 REFERENCE_VECTORIZED void update_range(const Slice& s, int64_t begin, int64_t end) {
     const float beta1 = s.config.beta1, beta2 = s.config.beta2, eps = s.config.eps, rate = s.state.in.learning_rate;
     const float correction1 = s.state.bias_correction1, correction2 = s.state.bias_correction2, clip = s.state.clip_scale;
-    const float decay = s.weight_decay;
+    const float decay = s.arrays.weight_decay;
     float *params = s.arrays.params, *first = s.arrays.m, *second = s.arrays.v;
     const float* grads = s.arrays.grads;
     for (int64_t i = begin; i < end; ++i) {
@@ -65,15 +62,9 @@ REFERENCE_VECTORIZED void update_range(const Slice& s, int64_t begin, int64_t en
 
 }  // namespace
 
-void adamw_update(const ParameterList& list, const AdamWConfig& config, const StepState& state, const AdamWUpdate& p) {
-    const Mark mark("adamw_update");
-    if (state.skip_update) return;
-    for (const Parameter& parameter : list.all) {
-        const Slice slice{config, state, p, parameter.decays ? config.weight_decay : 0.0f};
-        parallel_ranges(parameter.padded_count(), kBlock, [&](int64_t begin, int64_t end) {
-            update_range(slice, parameter.offset + begin, parameter.offset + end);
-        });
-    }
+void adamw_update(const AdamWConfig& config, const StepState& state, const AdamWUpdate& p) {
+    const Slice slice{config, state, p};
+    parallel_ranges(p.count, kBlock, [&](int64_t begin, int64_t end) { update_range(slice, begin, end); });
 }
 
 }  // namespace reference

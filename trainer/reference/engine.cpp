@@ -2,7 +2,8 @@
 //
 // Every tensor is float. Where the GPU stores BF16, store() rounds to it; where it multiplies in FP8, reference::Linear
 // casts with the exact rule. What the GPU keeps on chip (scores, probabilities, sums) is not rounded, so the two differ
-// by the order of sums and by the BF16 rounding of P and dS inside the GPU's attention.
+// by the order of sums and by the BF16 rounding of P and dS inside the GPU's attention. The parameters are those of a
+// ParameterStore, which alone knows of ranks.
 #include "trainer/engine.h"
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "trainer/reference/linear.h"
 #include "trainer/reference/matmul.h"
 #include "trainer/reference/ops.h"
+#include "trainer/reference/parameter_store.h"
 #include "trainer/reference/quantizer.h"
 
 namespace {
@@ -53,6 +55,7 @@ class ReferenceEngine final : public Engine {
     double evaluate(std::span<const int> inputs, std::span<const int> targets) override;
     void token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) override;
     void logits(std::span<const int> inputs, std::span<const int> positions, std::span<float> logits) override;
+    uint64_t weights_digest() override { return store_.weights_digest(); }
     std::string device_name() const override { return "CPU reference"; }
     std::vector<MemoryRow> memory_table() const override;
     std::vector<LinearRow> linear_table() const override;
@@ -64,17 +67,18 @@ class ReferenceEngine final : public Engine {
     };
 
     void check_tokens(std::span<const int> inputs, std::span<const int> targets, int micro_batches) const;
-    void refresh_effective();
-    void set_linear(Linear& linear, const Affine& at);
-
+    // A block's weights, from the collective that brings them to their release.
+    void gather_block(int layer);
+    void use_block(Block& block, int layer);
+    void release_block(int layer);
     void store(float* x, int64_t n) const {  // here the GPU stores x in BF16
         if (options_.recipe.rounds_to_bf16()) round_to_bf16(x, x, n);
     }
     void store(std::vector<float>& x) const { store(x.data(), int64_t(x.size())); }
-    const float* effective(int parameter) const { return effective_.data() + list_[parameter].offset; }
-    float* grad(int parameter) { return grads_.data() + list_[parameter].offset; }
+    const float* effective(int parameter) const { return store_.get(parameter); }
+    float* grad(int parameter) { return store_.grad(parameter); }
 
-    // All micro-batches of a step: zeroes and fills grads_, adds to state_.loss_sum and raises state_.nonfinite.
+    // All micro-batches of a step: the gradients, loss_sum and nonfinite of all ranks' tokens.
     void forward_backward(std::span<const int> inputs, std::span<const int> targets);
 
     void forward(const int* inputs);
@@ -82,10 +86,11 @@ class ReferenceEngine final : public Engine {
     void norm_forward(const std::vector<float>& x, const Affine& at, NormStatistics& statistics, std::vector<float>& out);
     void linear_forward(Linear& linear, const std::vector<float>& x, std::vector<float>& y);
 
+    void reduce_over_ranks(double loss);
     // Sum of the micro-batch's losses; with a gradient scale also the head's gradients, that of its input into dbranch_.
     enum class Gradient : bool { no, yes };
     double head(const int* targets, Gradient gradient);
-    void backward(const int* inputs);
+    void backward(const int* inputs, Position position);
     void backward_block(Block& block, int layer);
     void norm_backward(const std::vector<float>& x, const NormStatistics& statistics, const Affine& at, bool has_residual);
     void linear_backward(Linear& linear, const Affine& at, const std::vector<float>& x, const std::vector<float>& dy, std::vector<float>& dx);
@@ -95,8 +100,7 @@ class ReferenceEngine final : public Engine {
     const int rows_;        // of a micro-batch: B * T
     const int head_chunk_;  // rows whose logits exist at a time
 
-    std::vector<float> params_, grads_, m_, v_;
-    std::vector<float> effective_;  // the weights as they are multiplied: as params_, or their BF16 or FP8 values
+    reference::ParameterStore store_;
     StepState state_{};
     std::deque<StepResult> finished_;
 
@@ -118,9 +122,8 @@ const EngineOptions& checked(const EngineOptions& o) {
 }
 
 ReferenceEngine::ReferenceEngine(const EngineOptions& o)
-    : options_(checked(o)), list_(make_parameters(o.model)), rows_(o.micro_batch * o.seq_len), head_chunk_(std::min(rows_, 512)),
-      norm_final_(size_t(rows_)) {
-    for (std::vector<float>* flat : {&params_, &grads_, &m_, &v_, &effective_}) flat->resize(size_t(list_.flat_elements));
+    : options_(checked(o)), list_(make_parameters(o.model, o.parallel.group->size())), rows_(o.micro_batch * o.seq_len), head_chunk_(std::min(rows_, 512)),
+      store_(list_, options_.recipe, options_.parallel), norm_final_(size_t(rows_)) {
     const size_t rows = size_t(rows_), C = size_t(o.model.dim);
     blocks_.reserve(size_t(o.model.n_layers));
     for (int layer = 0; layer < o.model.n_layers; ++layer) blocks_.emplace_back(o.model, o.recipe, rows);
@@ -135,23 +138,14 @@ ReferenceEngine::ReferenceEngine(const EngineOptions& o)
 // State
 
 void ReferenceEngine::load(const TrainState& state) {
-    const size_t n = size_t(list_.flat_elements);
-    REQUIRE(state.params.size() == n, "load: %zu parameters, the model has %zu", state.params.size(), n);
-    for (const std::vector<float>* moment : {&state.m, &state.v})
-        REQUIRE(moment->empty() || moment->size() == n, "load: %zu moments, the model has %zu", moment->size(), n);
-    params_ = state.params;
-    m_ = state.m.empty() ? std::vector<float>(n) : state.m;
-    v_ = state.v.empty() ? std::vector<float>(n) : state.v;
+    store_.load(state);
     state_ = {};
     state_.adam_t = state.adam_t;
     state_.skipped_steps = state.skipped_steps;
-    refresh_effective();
 }
 
 std::shared_future<void> ReferenceEngine::snapshot(TrainState& into) {
-    into.params = params_;
-    into.m = m_;
-    into.v = v_;
+    store_.save(into);
     into.adam_t = state_.adam_t;
     into.skipped_steps = state_.skipped_steps;
     std::promise<void> copied;
@@ -159,25 +153,19 @@ std::shared_future<void> ReferenceEngine::snapshot(TrainState& into) {
     return copied.get_future().share();
 }
 
-// Norms use the float master; everything that a BF16 matmul, sum or lookup reads is rounded.
-void ReferenceEngine::refresh_effective() {
-    effective_ = params_;
-    for (const int i : {list_.wte, list_.wpe}) store(effective_.data() + list_[i].offset, list_[i].padded_count());
-    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-        const BlockParameters& p = list_.blocks[layer];
-        Block& block = blocks_[layer];
-        set_linear(block.qkv, {p.qkv_weight, p.qkv_bias});
-        set_linear(block.proj, {p.proj_weight, p.proj_bias});
-        set_linear(block.fc1, {p.fc1_weight, p.fc1_bias});
-        set_linear(block.fc2, {p.fc2_weight, p.fc2_bias});
-    }
+void ReferenceEngine::gather_block(int layer) {
+    for (const int unit : list_.block_units[size_t(layer)]) store_.gather(unit);
 }
 
-void ReferenceEngine::set_linear(Linear& linear, const Affine& at) {
-    linear.set_weight(params_.data() + list_[at.weight].offset, effective_.data() + list_[at.weight].offset);
-    float* bias = effective_.data() + list_[at.bias].offset;
-    store(bias, linear.out());
-    linear.set_bias(bias);
+void ReferenceEngine::use_block(Block& block, int layer) {
+    const BlockParameters& p = list_.blocks[size_t(layer)];
+    const std::pair<Linear*, Affine> linears[] = {{&block.qkv, {p.qkv_weight, p.qkv_bias}}, {&block.proj, {p.proj_weight, p.proj_bias}},
+                                                  {&block.fc1, {p.fc1_weight, p.fc1_bias}}, {&block.fc2, {p.fc2_weight, p.fc2_bias}}};
+    for (const auto& [linear, at] : linears) linear->use(store_.get(at.weight), store_.inv_scale(at.weight), store_.get(at.bias));
+}
+
+void ReferenceEngine::release_block(int layer) {
+    for (const int unit : list_.block_units[size_t(layer)]) store_.release(unit);
 }
 
 std::vector<MemoryRow> ReferenceEngine::memory_table() const {
@@ -185,10 +173,11 @@ std::vector<MemoryRow> ReferenceEngine::memory_table() const {
     double saved = 0;
     for (const Block& b : blocks_)
         saved += bytes(b.x1, b.y1, b.qkv_out, b.attention_out, b.lse, b.x2, b.y2, b.pre_activation, b.activation);
-    return {{"parameters", bytes(params_)},
-            {"gradients", bytes(grads_)},
-            {"AdamW moments", bytes(m_, v_)},
-            {"weights as multiplied", bytes(effective_)},
+    const reference::ParameterStore::Bytes store = store_.bytes();
+    return {{"parameters", store.masters},
+            {"gradients", store.gradients},
+            {"AdamW moments", store.moments},
+            {"weights as multiplied", store.weights},
             {"saved activations", saved},
             {"logits of a chunk, losses", bytes(logits_, losses_)},
             {"scratch", bytes(x_final_, y_final_, branch_, dresidual_, dbranch_, dqkv_, dhidden_)}};
@@ -227,12 +216,8 @@ void ReferenceEngine::enqueue_step(const StepInputs& in, std::span<const int> in
     state_.in = in;
     forward_backward(inputs, targets);
     const Mark optimizer_mark("optimizer");
-    reference::optimizer_prepare(options_.adamw, reference::global_norm(grads_.data(), list_.flat_elements), state_);
-    if (!state_.skip_update) {
-        reference::adamw_update(list_, options_.adamw, state_,
-                                {.params = params_.data(), .grads = grads_.data(), .m = m_.data(), .v = v_.data()});
-        refresh_effective();
-    }
+    reference::optimizer_prepare(options_.adamw, store_.gradient_norm(), state_);
+    store_.update(options_.adamw, state_);
     finished_.push_back({state_, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()});
 }
 
@@ -246,13 +231,15 @@ StepResult ReferenceEngine::collect() {
 std::vector<float> ReferenceEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
     state_.in = in;
     forward_backward(inputs, targets);  // what it leaves in state_, the next step overwrites
-    return grads_;
+    return store_.all_gradients();
 }
 
 double ReferenceEngine::evaluate(std::span<const int> inputs, std::span<const int> targets) {
     check_tokens(inputs, targets, 1);
     forward(inputs.data());  // may raise the non-finite flag, which the next step clears
-    return head(targets.data(), Gradient::no);
+    const double loss = head(targets.data(), Gradient::no);
+    store_.release(list_.embedding_unit);
+    return loss;
 }
 
 void ReferenceEngine::token_losses(std::span<const int> inputs, std::span<const int> targets, std::span<float> losses) {
@@ -271,21 +258,36 @@ void ReferenceEngine::logits(std::span<const int> inputs, std::span<const int> p
     for (const int position : positions) y.insert(y.end(), y_final_.begin() + int64_t(position) * C, y_final_.begin() + int64_t(position + 1) * C);
     reference::matmul({.a = y.data(), .b = effective(list_.wte), .b_transposed = true, .d = logits.data(), .M = int(positions.size()), .N = V, .K = C});
     store(logits.data(), int64_t(logits.size()));
+    store_.release(list_.embedding_unit);
 }
 
 void ReferenceEngine::forward_backward(std::span<const int> inputs, std::span<const int> targets) {
     check_tokens(inputs, targets, options_.micro_batches_per_step);
-    std::fill(grads_.begin(), grads_.end(), 0.0f);
     state_.nonfinite = 0;
     double loss = 0;
     for (int i = 0; i < options_.micro_batches_per_step; ++i) {
         const Mark mark("micro-batch", i);
+        const Position position = position_of(i, options_.micro_batches_per_step);
         const int* micro_inputs = inputs.data() + size_t(i) * size_t(rows_);
+        store_.begin_micro_batch(position);
         forward(micro_inputs);
         loss += head(targets.data() + size_t(i) * size_t(rows_), Gradient::yes) * double(state_.in.inverse_valid_tokens);
-        backward(micro_inputs);
+        backward(micro_inputs, position);
+        store_.end_micro_batch(position);
     }
-    state_.loss_sum = float(loss);
+    reduce_over_ranks(loss);
+}
+
+// Loss and flag of all ranks; sums in the order of ranks.
+void ReferenceEngine::reduce_over_ranks(double loss) {
+    Communicator& world = *options_.parallel.world;
+    std::vector<double> losses(size_t(world.size()));
+    losses[size_t(world.rank())] = loss;
+    world.all_gather(losses.data(), sizeof(double));
+    double sum = 0;
+    for (const double l : losses) sum += l;
+    state_.loss_sum = float(sum);
+    world.all_reduce(&state_.nonfinite, 1, Element::u32, Reduction::max);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -305,10 +307,17 @@ void ReferenceEngine::linear_forward(Linear& linear, const std::vector<float>& x
 void ReferenceEngine::forward(const int* inputs) {
     const Mark mark("forward");
     const ModelSpec& m = options_.model;
+    store_.gather(list_.embedding_unit);
+    gather_block(0);
     reference::embedding_forward({.tokens = inputs, .wte = effective(list_.wte), .wpe = effective(list_.wpe),
                                   .out = blocks_.front().x1.data(), .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim});
     store(blocks_.front().x1);
-    for (size_t layer = 0; layer < blocks_.size(); ++layer) forward_block(blocks_[layer], int(layer));
+    for (int layer = 0; layer < m.n_layers; ++layer) {
+        if (layer + 1 < m.n_layers) gather_block(layer + 1);
+        use_block(blocks_[size_t(layer)], layer);
+        forward_block(blocks_[size_t(layer)], layer);
+        release_block(layer);
+    }
     norm_forward(x_final_, {list_.lnf_weight, list_.lnf_bias}, norm_final_, y_final_);
 }
 
@@ -380,12 +389,21 @@ void ReferenceEngine::linear_backward(Linear& linear, const Affine& at, const st
     store(dx);
 }
 
-void ReferenceEngine::backward(const int* inputs) {
+void ReferenceEngine::backward(const int* inputs, Position position) {
     const Mark mark("backward");
     norm_backward(x_final_, norm_final_, {list_.lnf_weight, list_.lnf_bias}, false);
-    for (size_t layer = blocks_.size(); layer-- > 0;) backward_block(blocks_[layer], int(layer));
+    gather_block(options_.model.n_layers - 1);
+    for (int layer = options_.model.n_layers - 1; layer >= 0; --layer) {
+        if (layer > 0) gather_block(layer - 1);
+        use_block(blocks_[size_t(layer)], layer);
+        backward_block(blocks_[size_t(layer)], layer);
+        release_block(layer);
+        for (const int unit : list_.block_units[size_t(layer)]) store_.gradients_ready(unit, position);
+    }
     reference::embedding_backward({.tokens = inputs, .dout = dresidual_.data(), .dwte = grad(list_.wte), .dwpe = grad(list_.wpe),
                                    .B = options_.micro_batch, .T = options_.seq_len, .C = options_.model.dim});
+    store_.release(list_.embedding_unit);
+    store_.gradients_ready(list_.embedding_unit, position);
 }
 
 // dresidual_: gradient of the block's output on entry, of its input on return.

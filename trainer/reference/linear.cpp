@@ -20,20 +20,6 @@ Linear::Linear(const Recipe& recipe, int out_features, int in_features)
             "recipe %s: casts one tensor to two formats, which is not implemented here", recipe.name.c_str());
 }
 
-void Linear::set_weight(const float* master, float* effective) {
-    const int64_t n = int64_t(out_) * in_;
-    weight_ = {effective, 1.0f};
-    if (fp8_) {
-        const float scale = scale_from_amax(amax_of({master, size_t(n)}), recipe_.output.b.dtype);
-        round_to_fp8(master, scale, recipe_.output.b.dtype, effective, n);
-        weight_.inv_scale = 1.0f / scale;
-    } else if (recipe_.rounds_to_bf16()) {
-        round_to_bf16(master, effective, n);
-    } else {
-        std::copy_n(master, n, effective);
-    }
-}
-
 Linear::Operand Linear::operand(const float* x, int64_t n, Dtype format, std::vector<float>& codes, uint32_t* nonfinite) const {
     if (!fp8_) return {x, 1.0f};
     const Mark mark("quantize");

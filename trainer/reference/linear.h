@@ -16,10 +16,11 @@ class Linear {
     int in() const { return in_; }
     bool fp8() const { return fp8_; }
 
-    // New master weights: fills `effective` (out, in) with what the products use: the master, its BF16 copy or the values
-    // of its FP8 codes. Remembers the pointer and, for FP8, the scale.
-    void set_weight(const float* master, float* effective);
-    void set_bias(const float* effective) { bias_ = effective; }
+    // What the products use: the master, its BF16 copy, or the values of its FP8 codes and what they are scaled by.
+    void use(const float* weight, float inv_scale, const float* bias) {
+        weight_ = {weight, inv_scale};
+        bias_ = bias;
+    }
 
     // y (rows, out). Not rounded. *nonfinite = 1 when an amax is infinite or NaN.
     void forward(const float* x, float* y, int rows, uint32_t* nonfinite);
