@@ -36,7 +36,7 @@ class Entry:
     """`commands`: argument lists; each gets --json FILE and writes {"tests": [...], "bench": [...]} there."""
 
     def __init__(self, name, commands, objects, scripts=(), long=False):
-        self.name, self.commands, self.objects, self.scripts, self.long = name, commands, objects, scripts, long
+        self.name, self.commands, self.objects, self.scripts, self.long = name, commands, objects, list(scripts), long
 
     @property
     def path(self):
@@ -68,13 +68,12 @@ def entries():
         if "run_dev_program(" not in source.read_text():
             continue  # a tool
         own = [f"dev/{source.stem}", *objects_in(f"dev/parts/{source.stem}"), "dev/harness"]
-<<<<<<< HEAD
-        kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "trainer/reference/quantizer"]
-=======
-        kernel = [f"kernels/{source.stem}", "kernels/common/mark", "trainer/reference/quantizer"]
->>>>>>> 8976b4d (marks: NVTX ranges at every launcher with the least work each must do; trainer/profiler maps CUPTI's records to them, through graph nodes too; dev/profile uses it)
+        kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "kernels/common/mark", "trainer/reference/quantizer"]
         linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
         found.append(Entry(source.stem, [[str(BUILD / "dev" / source.stem)]], own + linked))
+        if source.stem == "attention":  # the peers in the same call
+            found[-1].commands.append(python_test("attention_peers.py"))
+            found[-1].scripts.append("tests/gpu/attention_peers.py")
     library = library_objects()
     found.append(Entry("gradients", [python_test("gradients.py")], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
     found.append(Entry("train", [train_command("gpt2-124M", recipe, 64, 524288) for recipe in ("bf16", "tensorwise")]
@@ -83,7 +82,7 @@ def entries():
                        ["dev/profile"] + library))
     found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
     found.append(Entry("saving", [python_test("saving.py")], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
-    checked = sorted({name for entry in found if len(entry.commands) == 1 and entry.commands[0][0].startswith(str(BUILD / "dev")) for name in entry.objects})
+    checked = sorted({name for entry in found if entry.commands[0][0] == str(BUILD / "dev" / entry.name) for name in entry.objects})
     found.append(Entry("sanitizer", [python_test("sanitize.py")], checked, ["tests/gpu/sanitize.py"], long=True))
     built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile
     found.append(Entry("mutants", [[sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]], checked, ["tests/mutants.py"], long=True))
