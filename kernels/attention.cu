@@ -31,6 +31,8 @@ constexpr Row<AttentionForward> kForward[] = {
     {AttentionBackend::cudnn, cudnn_attention_forward_refusal, cudnn_attention_forward_workspace_bytes, cudnn_attention_forward},
 };
 constexpr Row<AttentionBackward> kBackward[] = {
+    {AttentionBackend::hopper, hopper_attention_backward_refusal, hopper_attention_backward_workspace_bytes,
+     hopper_attention_backward},
     {AttentionBackend::mma, takes_all, mma_attention_backward_workspace_bytes, mma_attention_backward},
     {AttentionBackend::cudnn, cudnn_attention_backward_refusal, cudnn_attention_backward_workspace_bytes, cudnn_attention_backward},
 };
