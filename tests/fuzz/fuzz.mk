@@ -7,14 +7,21 @@ CLANG ?= clang++
 FUZZ_BUILD := $(BUILD)/fuzz
 FUZZ_FLAGS = -std=c++20 $(DEFINES) -O1 -g1 $(INCLUDES) -isystem $(CUDA)/include \
              -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
+# The parsers are instrumented; what else they need comes from the objects of the product.
 FUZZ_TRAINER := checkpoint safetensors parameters model_spec recipe config schedule
-FUZZ_SOURCES := $(filter-out $(DATA_PROGRAMS:%=data/%.cpp),$(wildcard data/*.cpp)) $(FUZZ_TRAINER:%=trainer/%.cpp) tests/fuzz/exact_map.cpp
+FUZZ_SOURCES := $(filter-out $(DATA_PROGRAMS:%=data/%.cpp),$(wildcard data/*.cpp)) $(FUZZ_TRAINER:%=trainer/%.cpp)
+FUZZ_OBJECTS := $(FUZZ_SOURCES:%.cpp=$(FUZZ_BUILD)/%.o)
+FUZZ_REST := $(filter-out $(FUZZ_SOURCES:%.cpp=$(BUILD)/%.o),$(TRAINER_OBJECTS) $(KERNEL_OBJECTS))
 FUZZ_PROGRAMS := $(patsubst tests/fuzz/%.cpp,$(FUZZ_BUILD)/%,$(wildcard tests/fuzz/fuzz_*.cpp))
 
 $(FUZZ_BUILD)/%.o: %.cpp | deps-check
 	@mkdir -p $(@D) && echo "  fuzz $<" && $(CCACHE) $(CLANG) $(FUZZ_FLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
-$(FUZZ_BUILD)/fuzz_%: $(FUZZ_BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_SOURCES:%.cpp=$(FUZZ_BUILD)/%.o)
-	@echo "  link $@" && $(CLANG) -fsanitize=fuzzer,address,undefined -Wl,--wrap=mmap,--wrap=munmap -o $@ $^ $(DATA_LIBS) -lpthread
+$(FUZZ_BUILD)/parsers.a: $(FUZZ_OBJECTS)
+	@rm -f $@ && ar rcs $@ $^
+$(FUZZ_BUILD)/rest.a: $(FUZZ_REST)
+	@mkdir -p $(@D) && rm -f $@ && ar rcsT $@ $^
+$(FUZZ_BUILD)/fuzz_%: $(FUZZ_BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_BUILD)/tests/fuzz/exact_map.o $(FUZZ_BUILD)/parsers.a $(FUZZ_BUILD)/rest.a
+	@echo "  link $@" && $(CLANG) -fsanitize=fuzzer,address,undefined -Wl,--wrap=mmap,--wrap=munmap -Wl,--as-needed -o $@ $^ $(LDLIBS) -lcudart_static -lrt
 
 FUZZ_PROBE := int LLVMFuzzerTestOneInput(const unsigned char *data, unsigned long size) { return data && size > 9; }
 .PHONY: fuzz fuzz-programs fuzz-build
