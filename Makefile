@@ -113,6 +113,7 @@ $(BUILD)/%.o: %.cpp | deps-check
 .SECONDARY:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 include tests/fuzz/fuzz.mk
+include data/corpora.mk
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One kernel at a time: make check-NAME, make bench-NAME for every dev/NAME.cu
@@ -206,6 +207,7 @@ help:
 	@echo "make check-NAME       correctness of one kernel on the GPU; bench-NAME its speed; NAME in: $(DEV_PROGRAMS)"
 	@echo "make gpu-report       remake tests/gpu_report/ on a GPU (STALE=1: only what is stale)"
 	@echo "make deps             bring the libraries that the system lacks into deps/"
+	@echo "make data-NAME        prepare shards/NAME from a corpus: $(CORPORA) (the last: FOLDER=your text)"
 	@echo "make fuzz             fuzz every parser (FUZZ_SECONDS=60 each; needs clang)"
 	@echo "make layers           check the direction of includes"
 	@echo "make attention-archs  compile the attention path of every GPU for sm_80, 89, 90a and 120"

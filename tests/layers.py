@@ -30,7 +30,7 @@ FORMAT_CONSTANTS = re.compile(r"\b(448|57344)(\.0?f?)?\b")
 def sources():
     for path in sorted(ROOT.rglob("*")):
         relative = path.relative_to(ROOT).as_posix()
-        if path.suffix in SUFFIXES and not relative.startswith(("build/", "deps/", "runs/")):
+        if path.suffix in SUFFIXES and not relative.startswith(("build/", "deps/", "runs/", "downloads/")):
             yield relative, path.read_text()
 
 

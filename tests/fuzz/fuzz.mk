@@ -26,7 +26,8 @@ $(FUZZ_BUILD)/fuzz_%: $(FUZZ_BUILD)/tests/fuzz/fuzz_%.o $(FUZZ_BUILD)/tests/fuzz
 FUZZ_PROBE := int LLVMFuzzerTestOneInput(const unsigned char *data, unsigned long size) { return data && size > 9; }
 .PHONY: fuzz fuzz-programs fuzz-build
 fuzz-build: $(FUZZ_PROGRAMS)
-fuzz-programs:
+# The product's objects first: the second make must not build them beside this one.
+fuzz-programs: $(FUZZ_REST)
 	@if echo '$(FUZZ_PROBE)' | $(CLANG) -x c -fsanitize=fuzzer,address,undefined - -o $(BUILD)/fuzz_probe 2>/dev/null; \
 	 then rm -f $(BUILD)/fuzz_probe && $(MAKE) --no-print-directory fuzz-build; \
 	 else echo "  $(CLANG) with libFuzzer is not here: the parsers are not fuzzed"; rm -rf $(FUZZ_BUILD); fi
