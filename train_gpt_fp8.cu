@@ -9,11 +9,16 @@
 #include <cstdio>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "kernels/common/check.h"
 #include "trainer/config.h"
 #include "trainer/metrics.h"
+#include "trainer/run/checkpoint_modes.h"
+#include "trainer/run/choices.h"
 #include "trainer/run/evaluation.h"
+#include "trainer/run/profiled_steps.h"
+#include "trainer/run/samples.h"
 #include "trainer/run/start.h"
 #include "trainer/run/training_loop.h"
 
@@ -26,21 +31,32 @@ void train(const Config& config, int argc, char** argv, Clock::time_point progra
     const DataLoader data = training_data(config);
     const Validation validation(config);
 
+    const std::string tokenizer = tokenizer_name(data.info().tokenizer);
+    const EngineOptions shape = engine_options(config);
+    std::optional<Samples> samples;
+    std::optional<Choices> choices;
+    if (config.sample_every > 0) samples.emplace(config, shape, text_tokenizer(tokenizer, config, "--sample-every"));
+    if (!config.multiple_choice.empty()) choices.emplace(config.multiple_choice, shape, *text_tokenizer(tokenizer, config, "--multiple-choice"));
+
     StartPoint start = start_point(config, list, data);
-    const std::unique_ptr<Engine> engine = make_engine(config);
+    ProfiledSteps profile(config);
+    const std::unique_ptr<Engine> engine = make_engine(config, shape);
     engine->load(start.state);
     print_start(config, *engine, list, data, start);
 
     RunLog log(log_options(config, *engine, start.state.step), run_record(config, list, argc, argv));
     std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
     stop_on_signals();
-    TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log, .state = start.state}).run();
+    TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log,
+                  .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile, .state = start.state}).run();
 }
 
 void run(int argc, char** argv) {
     const Clock::time_point program_start = Clock::now();
     const Config config = parse_config(argc, argv);
     if (config.print_config) std::fputs(to_toml(config).c_str(), stdout);
+    else if (!config.generate.empty()) generate_from_checkpoint(config);
+    else if (!config.evaluate.empty()) evaluate_checkpoint(config);
     else train(config, argc, argv, program_start);
 }
 

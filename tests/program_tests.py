@@ -141,6 +141,72 @@ def test_data_order_does_not_depend_on_the_micro_batch():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Looking at a run and using its checkpoint
+
+QUESTIONS = ROOT / "tests" / "data" / "questions.jsonl"
+
+
+def test_looking_does_not_change_the_run():
+    """Samples, questions, evaluations and a profile between the steps: the same bits as without."""
+    with Scratch() as out:
+        common = [*TINY, "--recipe", "tensorwise", "--steps", "6"]
+        train(*common, "--eval-every", "0", "--out", str(out / "plain"))
+        looks = ["--eval-every", "2", "--multiple-choice", str(QUESTIONS), "--sample-every", "1", "--samples", "2", "--max-tokens", "5", "--profile", "2"]
+        train(*common, *looks, "--out", str(out / "looked"))
+        assert checkpoint_bytes(out / "plain", 6) == checkpoint_bytes(out / "looked", 6)
+        assert [r["step"] for r in records(out / "looked", "sample")] == [s for s in range(1, 7) for _ in range(2)]
+
+
+def test_samples_are_logged_and_follow_from_their_key():
+    with Scratch() as out:
+        common = [*TINY, "--steps", "2", "--sample-every", "1", "--samples", "2", "--max-tokens", "12", "--prompt", 'a "quote"\n']
+        for name, more in (("a", []), ("b", []), ("seed", ["--seed", "2"]), ("cold", ["--temperature", "0"])):
+            train(*common, *more, "--out", str(out / name))
+        texts = {name: [r["text"] for r in records(out / name, "sample")] for name in ("a", "b", "seed", "cold")}
+        assert texts["a"] == texts["b"] and texts["a"] != texts["seed"]
+        assert texts["a"][0] != texts["a"][1] and texts["cold"][0] == texts["cold"][1], texts
+        assert all(r["prompt"] == 'a "quote"\n' for r in records(out / "a", "sample"))
+
+
+def test_generate_from_a_checkpoint():
+    with Scratch() as out:
+        train(*TINY, "--steps", "2", "--out", str(out / "run"))
+
+        def generate(*options):
+            return train("--device", "cpu", "--max-tokens", "20", "--prompt", "int main", *options)
+        folder, run = generate("--generate", str(out / "run" / "step_000002")), generate("--generate", str(out / "run"))
+        assert folder.stdout == run.stdout and folder.stdout.startswith("int main") and len(folder.stdout) > len("int main\n"), folder.stdout
+        assert generate("--generate", str(out / "run"), "--seed", "9").stdout != run.stdout
+        three = generate("--generate", str(out / "run"), "--samples", "3").stdout
+        assert three.count("int main") == 3 and "--- sample 3" in three
+        for where, mention in (("/nonexistent", "/nonexistent"), (str(out), "holds no checkpoint")):
+            done = train("--device", "cpu", "--generate", where, ok=False)
+            assert len(done.stderr.splitlines()) == 1 and mention in done.stderr, done.stderr
+
+
+def test_multiple_choice():
+    with Scratch() as out:
+        train(*TINY, "--steps", "4", "--multiple-choice", str(QUESTIONS), "--out", str(out / "run"))
+        found = records(out / "run", "choices")
+        questions = len(QUESTIONS.read_text().splitlines())
+        assert [r["step"] for r in found] == [0, 4] and all(r["questions"] == questions for r in found), found
+        for r in found:
+            for name in ("accuracy", "accuracy_by_token", "accuracy_by_byte"):
+                assert math.isclose(r[name + "_stderr"], math.sqrt(r[name] * (1 - r[name]) / (questions - 1)), abs_tol=1e-9), r
+        done = train("--device", "cpu", "--evaluate", str(out / "run"), "--multiple-choice", str(QUESTIONS), "--val", str(SHARDS), "--eval-tokens", "512")
+        assert f"{questions} questions | accuracy {100 * found[-1]['accuracy']:.2f}" in done.stdout and "val loss" in done.stdout, done.stdout
+
+
+def test_profile_of_the_host():
+    with Scratch() as out:
+        done = train(*TINY, "--steps", "4", "--profile", "2", "--eval-every", "0", "--out", str(out / "run"))
+        table = done.stdout[done.stdout.index("profile of 2 steps"):]
+        assert "backward matmul" in table and "phases | forward" in table, table
+        shares = [float(line.split()[1]) for line in table.splitlines()[2:12]]
+        assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5, table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The build
 
 

@@ -135,6 +135,7 @@ Json header_json(const Header& h) {
     json["seed"] = h.info.seed;
     json["tokens_per_step"] = h.info.tokens_per_step;
     json["samples_per_epoch"] = h.info.samples_per_epoch;
+    json["tokenizer"] = h.info.tokenizer;
     json["config"] = h.info.config_toml;
     json["gemm_choices"] = h.info.gemm_choices;
     json["files"] = h.files;
@@ -187,7 +188,8 @@ Header read_header(const std::string& folder) {
             h.recent.push_back({whole_number<int64_t>(r.at(0), "recent step"), r.at(1), r.at(2)});
         h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = WholeNumber(json, "seed"),
                   .tokens_per_step = WholeNumber(json, "tokens_per_step"),
-                  .samples_per_epoch = WholeNumber(json, "samples_per_epoch"), .config_toml = json.at("config"),
+                  .samples_per_epoch = WholeNumber(json, "samples_per_epoch"), .tokenizer = json.value("tokenizer", "unknown"),
+                  .config_toml = json.at("config"),
                   .gemm_choices = json.at("gemm_choices")};
         if (!json.at("files").is_object()) throw Json::type_error::create(302, "files must be an object", &json);
         for (const auto& [name, bytes] : json.at("files").items()) h.files[name] = whole_number<uint64_t>(bytes, name);

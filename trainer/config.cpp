@@ -70,6 +70,16 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Evaluation", "eval-every", "evaluate every so many steps (0: never)"}, c.eval_every);
     visit(OptionInfo{"Evaluation", "eval-tokens", "validation tokens of an evaluation, in whole sequences"}, c.eval_tokens);
 
+    visit(OptionInfo{"Evaluation", "multiple-choice", "file of questions, a JSON object a line: context, endings, label"}, c.multiple_choice);
+
+    visit(OptionInfo{"Text", "sample-every", "print samples every so many steps (0: never)"}, c.sample_every);
+    visit(OptionInfo{"Text", "prompt", "what a sample continues (empty: the beginning of a document)"}, c.prompt);
+    visit(OptionInfo{"Text", "samples", "samples at a time"}, c.samples);
+    visit(OptionInfo{"Text", "max-tokens", "of a sample"}, c.max_tokens);
+    visit(OptionInfo{"Text", "temperature", "divides the logits (0: always the likeliest token)"}, c.temperature);
+    visit(OptionInfo{"Text", "top-k", "draw from the likeliest so many tokens (0: from all)"}, c.top_k);
+    visit(OptionInfo{"Text", "gpt2-ranks", "file of GPT-2's byte-pair ranks, for data of that tokenizer (empty: where `make data-gpt2-ranks` puts it)"}, c.gpt2_ranks);
+
     visit(OptionInfo{"Files", "out", "folder of log and checkpoints (empty: runs/DATE-TIME-MODEL)"}, c.out);
     visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps (0: only at the end)"}, c.checkpoint_every);
     visit(OptionInfo{"Files", "keep", "checkpoints to keep, newest first (0: all)"}, c.keep);
@@ -77,6 +87,9 @@ void for_each_option(C& c, Visitor&& visit) {
 
     visit(OptionInfo{"Logging and tuning", "log-every", "print a line every so many steps"}, c.log_every);
     visit(OptionInfo{"Logging and tuning", "gemm-cache", "file of tuned GEMM algorithms (empty: none)"}, c.gemm_cache);
+    visit(OptionInfo{"Logging and tuning", "profile", "trace so many steps after the second and print where their time went (0: none)"}, c.profile);
+    visit(OptionInfo{"Logging and tuning", "generate", "print samples of this checkpoint (its folder, or a run's) instead of training"}, c.generate);
+    visit(OptionInfo{"Logging and tuning", "evaluate", "measure this checkpoint (--val, --multiple-choice) instead of training"}, c.evaluate);
     visit(OptionInfo{"Logging and tuning", "print-config", "print the resolved configuration as TOML and exit"},
           c.print_config);
 }
@@ -207,10 +220,20 @@ void validate_training(const Config& c) {
             double(c.max_grad_norm));
 }
 
+void validate_text(const Config& c) {
+    REQUIRE(c.sample_every >= 0, "--sample-every %lld: must be at least 0", ll(c.sample_every));
+    REQUIRE(c.samples >= 1, "--samples %d: must be at least 1", c.samples);
+    REQUIRE(c.sample_every == 0 || c.samples <= c.micro_batch, "--samples %d: must be at most --micro-batch %d", c.samples, c.micro_batch);
+    REQUIRE(c.max_tokens >= 1, "--max-tokens %d: must be at least 1", c.max_tokens);
+    REQUIRE(c.temperature >= 0 && std::isfinite(c.temperature), "--temperature %g: must be at least 0 and finite", double(c.temperature));
+    REQUIRE(c.top_k >= 0, "--top-k %d: must be at least 0", c.top_k);
+    REQUIRE(c.profile >= 0, "--profile %lld: must be at least 0", ll(c.profile));
+}
+
 void validate_files(const Config& c) {
-    REQUIRE(!c.train.empty() || c.print_config, "--train: is missing; give a folder, a file or a glob of token files");
+    REQUIRE(!c.train.empty() || c.print_config || !c.generate.empty() || !c.evaluate.empty(), "--train: is missing; give a folder, a file or a glob of token files");
     REQUIRE(c.eval_every >= 0, "--eval-every %lld: must be at least 0", ll(c.eval_every));
-    REQUIRE(c.eval_tokens >= c.model_spec().seq_len, "--eval-tokens %lld: must be at least a sequence, %d", ll(c.eval_tokens), c.model_spec().seq_len);
+    REQUIRE(c.eval_tokens >= c.model_spec().seq_len || !c.evaluate.empty(), "--eval-tokens %lld: must be at least a sequence, %d", ll(c.eval_tokens), c.model_spec().seq_len);
     REQUIRE(c.checkpoint_every >= 0, "--checkpoint-every %lld: must be at least 0", ll(c.checkpoint_every));
     REQUIRE(c.keep >= 0, "--keep %d: must be at least 0", c.keep);
     REQUIRE(c.log_every >= 1, "--log-every %lld: must be at least 1", ll(c.log_every));
@@ -220,6 +243,7 @@ void validate_files(const Config& c) {
 // CLI11's TOML reader ends a value at #, even inside quotes, and knows no escapes.
 struct TextChecker {
     void operator()(const OptionInfo& info, const std::string& text) {
+        if (std::string(info.name) == "prompt") return;
         for (const char ch : text)
             REQUIRE(ch != '#' && ch != '\'' && ch != '"' && static_cast<unsigned char>(ch) >= ' ',
                     "--%s %s: must not hold #, a quote or a control character", info.name, text.c_str());
@@ -334,6 +358,7 @@ void validate(const Config& c) {
     validate_model(c);
     validate_batch(c);
     validate_training(c);
+    validate_text(c);
     validate_files(c);
     for_each_option(c, TextChecker{});
 }

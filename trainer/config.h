@@ -44,6 +44,16 @@ struct Config {
     int64_t eval_every = 250;  // steps; 0: never
     int64_t eval_tokens = 655360;  // of the validation data, in whole sequences
 
+    // Text
+    int64_t sample_every = 0;  // steps; 0: never
+    std::string prompt;
+    int samples = 1;
+    int max_tokens = 128;      // of a sample
+    float temperature = 1.0f;  // 0: the likeliest token
+    int top_k = 0;             // 0: all
+    std::string multiple_choice;  // file of questions
+    std::string gpt2_ranks;       // file; empty: where make data-gpt2-ranks puts it
+
     // Files
     std::string out;  // empty becomes runs/DATE-TIME-MODEL in parse_config
     int64_t checkpoint_every = 1000;  // steps; 0: only at the end
@@ -53,6 +63,9 @@ struct Config {
     // Logging and tuning
     int64_t log_every = 1;
     std::string gemm_cache;     // file of tuned GEMM algorithms; parse_config sets a default, "" on the command line: none
+    int64_t profile = 0;        // steps; 0: none
+    std::string generate;       // checkpoint: print samples of it and exit
+    std::string evaluate;       // checkpoint: measure it and exit
     bool print_config = false;  // print to_toml() and exit
 
     // What follows from the options.

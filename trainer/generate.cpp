@@ -24,6 +24,7 @@ int fill_row(const std::vector<int>& context, std::span<int> row) {
 
 void generate(Engine& engine, std::span<const int> prompt, const GenerateOptions& o, const std::function<void(int, int)>& on_token) {
     const int B = o.shape.micro_batch, T = o.shape.seq_len, V = o.shape.model.vocab_size;
+    const size_t drawn = o.vocab_size > 0 ? size_t(std::min(o.vocab_size, V)) : size_t(V);
     REQUIRE(!prompt.empty(), "generate: the prompt has no token");
     REQUIRE(o.samples >= 1 && o.samples <= o.shape.logit_rows, "generate: %d samples, the engine was made for 1 to %d", o.samples, o.shape.logit_rows);
     std::vector<Sample> samples(size_t(o.samples), Sample{{prompt.begin(), prompt.end()}});
@@ -40,7 +41,7 @@ void generate(Engine& engine, std::span<const int> prompt, const GenerateOptions
         for (int i = 0; i < o.samples; ++i) {
             Sample& sample = samples[size_t(i)];
             if (sample.stopped) continue;
-            const int token = draw_token(std::span(logits).subspan(size_t(i) * size_t(V), size_t(V)), o.sampler, {o.step, i, position});
+            const int token = draw_token(std::span(logits).subspan(size_t(i) * size_t(V), drawn), o.sampler, {o.step, i, position});
             sample.stopped = token == o.stop_token;
             if (sample.stopped) continue;
             sample.context.push_back(token);

@@ -12,6 +12,7 @@ struct GenerateOptions {
     SamplerOptions sampler;
     int samples = 1;
     int max_tokens = 0;       // of a sample
+    int vocab_size = 0;       // only tokens below are drawn; 0: all of the model's, which may have more than the tokenizer
     int stop_token = -1;      // ends a sample and is not reported; -1: none
     int64_t step = 0;         // of training, for the draws
 };

@@ -220,7 +220,10 @@ void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stre
                                    size_t(list_.flat_elements - list_.cleared_from) * sizeof(float), stream));
     forward_blocks(true, gemm, stream);
     head(position, gemm, stream);
-    accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
+    {
+        const Mark mark("head");
+        accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
+    }
 
     const Mark mark("backward");
     layernorm_backward({.x = final_x_, .dout = scratch_.dbranch, .weight = final_norm_.weight, .mean = final_mean_,

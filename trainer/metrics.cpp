@@ -300,6 +300,32 @@ void RunLog::eval(int64_t steps_done, double loss, int64_t tokens, double second
                        loss, (long long)tokens, format_duration(seconds).c_str()));
 }
 
+void RunLog::sample(int64_t steps_done, int sample, const std::string& prompt, const std::string& text) {
+    Json record;
+    record["kind"] = "sample";
+    record["step"] = steps_done;
+    record["sample"] = sample;
+    record["prompt"] = prompt;
+    record["text"] = text;
+    write_line(dump(record));
+    print_line(message("sample %d after step %lld | %s%s", sample + 1, (long long)steps_done, prompt.c_str(), text.c_str()));
+}
+
+void RunLog::choices(int64_t steps_done, const ChoiceResult& result, double seconds) {
+    Json record;
+    record["kind"] = "choices";
+    record["step"] = steps_done;
+    record["questions"] = result.questions;
+    for (const auto& [name, by] : {std::pair("accuracy", Normalization::none), std::pair("accuracy_by_token", Normalization::tokens), std::pair("accuracy_by_byte", Normalization::bytes)}) {
+        set_number(record, name, result[by].value);
+        set_number(record, (name + std::string("_stderr")).c_str(), result[by].standard_error);
+    }
+    set_number(record, "seconds", seconds);
+    write_line(dump(record));
+    print_line(message("choices %lld/%lld | %s | %s", (long long)steps_done, (long long)options_.total_steps, format_choices(result).c_str(),
+                       format_duration(seconds).c_str()));
+}
+
 void RunLog::checkpoint(int64_t steps_done, const std::string& path, double seconds) {
     Json record;
     record["kind"] = "checkpoint";

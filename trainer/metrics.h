@@ -12,6 +12,7 @@
 #include "kernels/common/peak.h"
 #include "trainer/engine.h"
 #include "trainer/model_spec.h"
+#include "trainer/multiple_choice.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Utilization: fractions of 1; NaN when the device's peak is unknown
@@ -76,6 +77,8 @@ class RunLog {
 
     void step(const StepRecord& record);
     void eval(int64_t steps_done, double loss, int64_t tokens, double seconds);  // mean loss a token
+    void sample(int64_t steps_done, int sample, const std::string& prompt, const std::string& text);  // valid UTF-8
+    void choices(int64_t steps_done, const ChoiceResult& result, double seconds);
     void checkpoint(int64_t steps_done, const std::string& path, double seconds);
     void warning(int64_t steps_done, const std::string& text);  // also on stderr
 

@@ -76,3 +76,9 @@ ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const 
     }
     return result;
 }
+
+std::string format_choices(const ChoiceResult& result) {
+    const auto percent = [&](Normalization n) { return message("%.2f +- %.2f %%", 100 * result[n].value, 100 * result[n].standard_error); };
+    return message("%lld questions | accuracy %s | by token %s | by byte %s", (long long)result.questions, percent(Normalization::none).c_str(),
+                   percent(Normalization::tokens).c_str(), percent(Normalization::bytes).c_str());
+}

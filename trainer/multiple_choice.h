@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "trainer/engine.h"
@@ -35,6 +36,8 @@ struct ChoiceResult {
     Accuracy of[3];  // by Normalization
     const Accuracy& operator[](Normalization n) const { return of[int(n)]; }
 };
+
+std::string format_choices(const ChoiceResult& result);  // one line
 
 ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const ChoiceQuestion> questions);
 

@@ -63,6 +63,8 @@ ProfileRow row_of(const std::string& operation, const Sum& sum, double summed_ms
             .of_ceiling = sum.ideal_ms > 0 ? sum.ideal_ms / sum.ms : std::numeric_limits<double>::quiet_NaN()};
 }
 
+std::string name_of(const ProfileRow& row) { return row.operation.empty() ? "(no mark)" : row.operation; }
+
 void add_to_phase(std::vector<Profile::Phase>& phases, const std::string& name, double ms) {
     const auto at = std::find_if(phases.begin(), phases.end(), [&](const Profile::Phase& phase) { return phase.name == name; });
     if (at == phases.end()) phases.push_back({name, ms});
@@ -98,11 +100,14 @@ Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, doub
 }
 
 std::string format_profile(const Profile& profile, size_t rows) {
-    std::string text = message("%9s %7s %8s %11s  %-44s %s\n", "ms", "share", "calls", "of ceiling", "operation", "kernel");
-    for (size_t i = 0; i < std::min(rows, profile.rows.size()); ++i) {
+    const size_t shown = std::min(rows, profile.rows.size());
+    size_t width = 0;
+    for (size_t i = 0; i < shown; ++i) width = std::max(width, name_of(profile.rows[i]).size());
+    std::string text = message("%9s %7s %8s %11s  %-*s  %s\n", "ms", "share", "calls", "of ceiling", int(width), "operation", "kernel");
+    for (size_t i = 0; i < shown; ++i) {
         const ProfileRow& r = profile.rows[i];
-        text += message("%9.3f %7s %8.1f %11s  %-44s %.60s\n", r.ms, format_percent(r.share, 1).c_str(), r.calls,
-                        format_percent(r.of_ceiling, 0).c_str(), r.operation.empty() ? "(no mark)" : r.operation.c_str(), r.kernel.c_str());
+        text += message("%9.3f %7s %8.1f %11s  %-*s  %.60s\n", r.ms, format_percent(r.share, 1).c_str(), r.calls,
+                        format_percent(r.of_ceiling, 0).c_str(), int(width), name_of(r).c_str(), r.kernel.c_str());
     }
     text += "phases";
     for (const Profile::Phase& phase : profile.phases)

@@ -20,11 +20,11 @@ EngineOptions engine_options(const Config& config) {
             .use_graphs = !config.no_graph,
             .deterministic = config.deterministic,
             .attention = config.attention,
-            .gemm_cache = config.gemm_cache};
+            .gemm_cache = config.gemm_cache,
+            .logit_rows = config.sample_every > 0 ? config.samples : 0};
 }
 
-std::unique_ptr<Engine> make_engine(const Config& config) {
-    const EngineOptions options = engine_options(config);
+std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& options) {
     if (config.device == "cpu") return make_reference_engine(options);
     const std::string obstacle = gpu_obstacle();
     if (obstacle.empty()) {
@@ -88,7 +88,7 @@ CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const
     std::string choices;
     for (const std::string& line : engine.gemm_choices()) choices += line + "\n";
     return {.model = config.model_spec(), .recipe = config.recipe, .seed = config.seed,
-            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .config_toml = to_toml(config), .gemm_choices = choices};
+            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .tokenizer = tokenizer_name(train.info().tokenizer), .config_toml = to_toml(config), .gemm_choices = choices};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

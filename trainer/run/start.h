@@ -12,7 +12,8 @@
 EngineOptions engine_options(const Config& config);
 
 // The device that --device names; `auto` falls back to the reference device, and says so.
-std::unique_ptr<Engine> make_engine(const Config& config);
+std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& options);
+inline std::unique_ptr<Engine> make_engine(const Config& config) { return make_engine(config, engine_options(config)); }
 
 DataLoader training_data(const Config& config);
 

@@ -4,6 +4,7 @@
 #include <csignal>
 #include <cstdio>
 
+#include "data/printable.h"
 #include "kernels/common/check.h"
 #include "trainer/checkpoint.h"
 #include "trainer/run/start.h"
@@ -28,7 +29,7 @@ void stop_on_signals() {
 }
 
 TrainingLoop::TrainingLoop(const Parts& parts)
-    : p_(parts), step_(parts.state.step), outliers_(parts.config.outlier_window, parts.state.recent),
+    : p_(parts), first_step_(parts.state.step), step_(first_step_), outliers_(parts.config.outlier_window, parts.state.recent),
       saver_({.out = parts.config.out, .keep = parts.config.keep, .in_background = parts.config.checkpoint_every > 0}, parts.engine,
              parts.list, std::move(parts.state)),
       inputs_(size_t(parts.config.global_batch_tokens)), targets_(size_t(parts.config.global_batch_tokens)) {}
@@ -40,18 +41,21 @@ bool TrainingLoop::due(int64_t every, int64_t steps_done) const {
 
 void TrainingLoop::run() {
     const Config& config = p_.config;
-    if (step_ == 0) evaluate(0);
+    if (step_ == 0 && config.eval_every > 0) evaluate(0);
     while (step_ < config.steps && !stop_requested) {
         enqueue(step_++);
         if (due(config.checkpoint_every, step_)) start_save(step_);
-        const bool evaluation = due(config.eval_every, step_);
-        while (pending_.size() > (evaluation ? 0 : size_t(p_.engine.steps_ahead()))) finish_one();
+        const bool evaluation = due(config.eval_every, step_), sampling = due(config.sample_every, step_);
+        const bool profile = p_.profile.due(step_ - first_step_);
+        while (pending_.size() > (evaluation || sampling || profile ? 0 : size_t(p_.engine.steps_ahead()))) finish_one();
+        if (profile) p_.profile.reach(step_ - first_step_);
         if (evaluation) evaluate(step_);
+        if (sampling) sample(step_);
         if (const auto outcome = saver_.finished()) report_save(*outcome);
     }
     while (!pending_.empty()) finish_one();
     const bool stopped = step_ < config.steps;  // whoever asked may not wait for an evaluation
-    if (!stopped) evaluate(step_);
+    if (!stopped) evaluate(step_), sample(step_);
     save_last(step_);
     if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step_, config.out.c_str());
 }
@@ -93,10 +97,22 @@ std::string TrainingLoop::remark(const StepResult& result, const OutlierDetector
 }
 
 void TrainingLoop::evaluate(int64_t steps_done) {
-    if (!p_.validation) return;
-    const double start = now_s();
-    const Validation::Result result = p_.validation.run(p_.engine);
-    p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
+    if (p_.validation) {
+        const double start = now_s();
+        const Validation::Result result = p_.validation.run(p_.engine);
+        p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
+    }
+    if (p_.choices) {
+        const double start = now_s();
+        const ChoiceResult result = p_.choices->run(p_.engine);
+        p_.log.choices(steps_done, result, now_s() - start);
+    }
+}
+
+void TrainingLoop::sample(int64_t steps_done) {
+    if (!p_.samples) return;
+    const std::vector<std::string> texts = p_.samples->run(p_.engine, steps_done, [](int, std::string_view) {});
+    for (size_t i = 0; i < texts.size(); ++i) p_.log.sample(steps_done, int(i), printable(p_.config.prompt), texts[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

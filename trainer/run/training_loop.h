@@ -11,7 +11,10 @@
 #include "trainer/outliers.h"
 #include "trainer/parameters.h"
 #include "trainer/run/checkpoint_saver.h"
+#include "trainer/run/choices.h"
 #include "trainer/run/evaluation.h"
+#include "trainer/run/profiled_steps.h"
+#include "trainer/run/samples.h"
 
 // Ctrl-C and SIGTERM: finish the step, save, leave. A second one ends the program at once.
 void stop_on_signals();
@@ -25,6 +28,9 @@ class TrainingLoop {
         const DataLoader& train;
         const Validation& validation;
         RunLog& log;
+        const Choices* choices;  // or null
+        const Samples* samples;  // or null
+        ProfiledSteps& profile;
         TrainState& state;  // the same; emptied: its memory serves for checkpoints
     };
     explicit TrainingLoop(const Parts& parts);
@@ -42,12 +48,14 @@ class TrainingLoop {
     void enqueue(int64_t step);
     void finish_one();
     void evaluate(int64_t steps_done);
+    void sample(int64_t steps_done);
     std::string remark(const StepResult& result, const OutlierDetector::Statistics& losses, const OutlierDetector::Statistics& norms) const;
     void start_save(int64_t steps_done);
     void report_save(const CheckpointSaver::Outcome& outcome);
     void save_last(int64_t steps_done);
 
     const Parts p_;
+    const int64_t first_step_;
     int64_t step_;  // enqueued so far
     OutlierDetector outliers_;
     CheckpointSaver saver_;

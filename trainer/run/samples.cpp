@@ -1,0 +1,40 @@
+#include "trainer/run/samples.h"
+
+#include "data/printable.h"
+#include "kernels/common/check.h"
+#include "trainer/generate.h"
+
+std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config& config, const char* option) {
+    REQUIRE(name != tokenizer_name(TokenizerId::unknown), "%s: needs a tokenizer, and the training data does not say which one made it: use shards of data/prepare", option);
+    return make_tokenizer(name, config.gpt2_ranks.empty() ? kGpt2Ranks : config.gpt2_ranks);
+}
+
+Samples::Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer)
+    : config_(config), shape_(shape), tokenizer_(std::move(tokenizer)), prompt_{int(tokenizer_->end_of_text())} {
+    REQUIRE(int(tokenizer_->vocab_size()) <= shape_.model.vocab_size, "tokenizer %s has %u tokens, the model %d", tokenizer_->name(),
+            tokenizer_->vocab_size(), shape_.model.vocab_size);
+    std::vector<uint32_t> ids;
+    tokenizer_->encode(config_.prompt, ids);
+    prompt_.insert(prompt_.end(), ids.begin(), ids.end());
+}
+
+std::vector<std::string> Samples::run(Engine& engine, int64_t step, const OnText& on_text) const {
+    const size_t samples = size_t(config_.samples);
+    std::vector<PrintableStream> streams(samples);
+    std::vector<std::string> texts(samples);
+    const auto deliver = [&](size_t sample, const std::string& piece) {
+        if (piece.empty()) return;
+        texts[sample] += piece;
+        on_text(int(sample), piece);
+    };
+    const GenerateOptions options{.shape = shape_,
+                                  .sampler = {.temperature = config_.temperature, .top_k = config_.top_k, .seed = config_.seed},
+                                  .samples = config_.samples, .max_tokens = config_.max_tokens,
+                                  .vocab_size = int(tokenizer_->vocab_size()), .stop_token = int(tokenizer_->end_of_text()), .step = step};
+    generate(engine, prompt_, options, [&](int sample, int token) {
+        const uint32_t id = uint32_t(token);
+        deliver(size_t(sample), streams[size_t(sample)].push(tokenizer_->decode({&id, 1})));
+    });
+    for (size_t sample = 0; sample < samples; ++sample) deliver(sample, streams[sample].finish());
+    return texts;
+}

@@ -1,0 +1,30 @@
+// Text from a model: samples during training, and --generate.
+#pragma once
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "data/tokenizer.h"
+#include "trainer/config.h"
+#include "trainer/engine.h"
+
+// The tokenizer of that name (token_file.h), for text in and out. `option` is what needs it, for the Error when it is unknown.
+std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config& config, const char* option);
+
+class Samples {
+  public:
+    // `shape`: of the engine that run() will get, its logit_rows at least --samples.
+    Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer);
+
+    // One text a sample, without the prompt. Calls on_text(sample, piece) for each printable piece as soon as it is there.
+    using OnText = std::function<void(int sample, std::string_view piece)>;
+    std::vector<std::string> run(Engine& engine, int64_t step, const OnText& on_text) const;
+
+  private:
+    const Config& config_;
+    EngineOptions shape_;
+    std::unique_ptr<Tokenizer> tokenizer_;
+    std::vector<int> prompt_;  // end-of-text, as before every document, then the prompt's tokens
+};
