@@ -151,13 +151,17 @@ run: all shards/cuda_headers/meta.json
 # ----------------------------------------------------------------------------------------------------------------------
 # Proof
 
-.PHONY: test layers attention-archs gpu-report gpu-report-check learning mutants
+.PHONY: test plot layers attention-archs gpu-report gpu-report-check learning mutants
 # libgomp's threads spin at barriers by default, which is ruinous when another program holds a core.
 test run: export OMP_WAIT_POLICY ?= passive
 test: all dev host-tests attention-archs shards/cuda_headers/meta.json
 	$(PYTHON) tests/run_tests.py --build $(BUILD)
 layers:
 	$(PYTHON) tests/layers.py
+# make plot RUNS="runs/a runs/b" [PNG=runs.png]
+PNG ?= runs.png
+plot:
+	@$(PYTHON) dev/plot.py --out $(PNG) $(RUNS)
 # The attention path of every GPU compiles for the oldest, the FP8-capable older one, Hopper and the newest.
 attention-archs:
 	@$(foreach arch,80 89 90a 120,$(MAKE) --no-print-directory ARCH=$(arch) build/sm_$(arch)/kernels/attention/mma.o &&) :
@@ -209,5 +213,6 @@ help:
 	@echo "make deps             bring the libraries that the system lacks into deps/"
 	@echo "make data-NAME        prepare shards/NAME from a corpus: $(CORPORA) (the last: FOLDER=your text)"
 	@echo "make fuzz             fuzz every parser (FUZZ_SECONDS=60 each; needs clang)"
+	@echo "make plot RUNS=...    draw runs to runs.png: loss, learning rate, norm, tokens/s (PNG=...)"
 	@echo "make layers           check the direction of includes"
 	@echo "make attention-archs  compile the attention path of every GPU for sm_80, 89, 90a and 120"

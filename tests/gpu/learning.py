@@ -19,9 +19,10 @@ import subprocess
 import sys
 import time
 
-import plot
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "dev"))
+import plot  # noqa: E402
+
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 SEEDS = (1337, 2718)
 RELATIVE_BOUND = 0.005

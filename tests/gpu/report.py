@@ -88,7 +88,7 @@ def entries():
     found.append(Entry("mutants", [[sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]], checked, ["tests/mutants.py"], long=True))
     shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
-                       ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "tests/gpu/plot.py"], long=True))
+                       ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "dev/plot.py", "dev/run_log.py"], long=True))
     return {entry.name: entry for entry in found}
 
 
