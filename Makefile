@@ -164,7 +164,7 @@ plot:
 	@$(PYTHON) dev/plot.py --out $(PNG) $(RUNS)
 # The attention path of every GPU compiles for the oldest, the FP8-capable older one, Hopper and the newest.
 attention-archs:
-	@$(foreach arch,80 89 90a 120,$(MAKE) --no-print-directory ARCH=$(arch) build/sm_$(arch)/kernels/attention/mma.o &&) :
+	@$(foreach arch,80 89 90a 120,$(MAKE) --no-print-directory ARCH=$(arch) $(patsubst %.cu,build/sm_$(arch)/%.o,$(wildcard kernels/attention/*.cu)) &&) :
 # On a machine with a GPU; STALE=1 remakes only what does not match the sources any more.
 gpu-report: all dev
 	$(PYTHON) tests/gpu/report.py --build $(BUILD) $(if $(STALE),--stale-only) $(NAMES)

@@ -27,6 +27,7 @@ struct Row {
 };
 
 constexpr Row<AttentionForward> kForward[] = {
+    {AttentionBackend::hopper, hopper_attention_forward_refusal, hopper_attention_forward_workspace_bytes, hopper_attention_forward},
     {AttentionBackend::mma, takes_all, no_workspace, mma_attention_forward},
     {AttentionBackend::cudnn, cudnn_attention_forward_refusal, cudnn_attention_forward_workspace_bytes, cudnn_attention_forward},
 };

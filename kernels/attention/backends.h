@@ -12,6 +12,11 @@ void mma_attention_forward(const AttentionForward& p, cudaStream_t stream);
 size_t mma_attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
 void mma_attention_backward(const AttentionBackward& p, cudaStream_t stream);
 
+// hopper_forward.cu: TMA and wgmma, sm_90a, head dimensions 64 and 128; deterministic.
+std::string hopper_attention_forward_refusal(const AttentionShape& shape, const AttentionOptions& options);
+size_t hopper_attention_forward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);
+void hopper_attention_forward(const AttentionForward& p, cudaStream_t stream);
+
 // hopper_backward.cu: TMA and wgmma, sm_90a, head_dim 64 and 128; deterministic.
 std::string hopper_attention_backward_refusal(const AttentionShape& shape, const AttentionOptions& options);
 size_t hopper_attention_backward_workspace_bytes(const AttentionShape& shape, const AttentionOptions& options);

@@ -20,6 +20,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 // Offset of byte `byte` (0..127) of row `row` in a swizzled panel.
 __device__ __forceinline__ uint32_t swizzled(int row, int byte) { return uint32_t(row * 128 + (byte ^ ((row & 7) << 4))); }
 
+__device__ __forceinline__ void store_shared(uint32_t address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_shared(uint32_t address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // mbarrier: 8 bytes of shared memory. A phase ends when `arrivals` threads have arrived and all expected bytes are in.
 // Phases alternate in parity, the first is 0: wait(parity) returns once the phase of that parity has ended. A fresh
@@ -38,7 +47,8 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// The hardware suspends the thread for a while; false: not yet.
+// The hardware suspends the thread for a while; false: not yet. Lanes may get different answers, so a warp must not
+// branch on them towards an .aligned instruction (wgmma, named barriers) without a vote.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
     uint32_t done;
     asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
