@@ -7,17 +7,23 @@
 //
 // with P = exp2(S scale log2(e) - LSE log2(e)) and dS = P (dP - delta), delta = rowsum(dO O). Both are one template:
 // each owns two row operands and streams two column operands, and P and dS go from accumulators straight into the A
-// operand of the next wgmma. Forming S and dP twice costs 7 matmuls where 5 are counted. The other way, one kernel in
-// which all blocks of keys add their dQ to a float array in memory, writes and reads every P-sized tile of dS and a
-// float tile of dQ through shared memory, which binds there at least as much, moves 12 bytes an element of dQ more, and
-// is not deterministic without ordering the blocks. The queries' kernel also makes delta, so there is no third kernel.
+// operand of the next wgmma. Forming S and dP twice costs 7 matmuls where 5 are counted, and buys the fixed order: no
+// block adds to another's dQ. What one kernel of 5 matmuls would do instead (FlashAttention-3): pass dS and a float tile of
+// dQ of every tile pair through shared memory, add the latter to a float dQ in memory, which is zeroed before and rounded
+// after, and order the blocks if the bits are to repeat. The queries' kernel also makes delta: there is no third kernel.
 //
 // A block is one an SM, persistent, 3 warpgroups:
-//   warpgroup 0   warp 0 loads column tiles by TMA, far ahead, across items, warp 3 the rows of the next item; warps 1 and
-//                 2 make {LSE log2(e), delta} of its queries (queries' kernel) and store the gradients of the last
+//   warpgroup 0       warp 0 loads column tiles by TMA, far ahead, across items, warp 3 the rows of the next item; warps 1
+//                     and 2 make {LSE log2(e), delta} of its queries (queries' kernel) and store the gradients of the last
 //   warpgroups 1, 2   64 of the block's 128 rows each; independent of each other, so that one's exponentials run while
-//                 the other's matmuls do
+//                     the other's matmuls do
 // Work items are tiles paired long with short, so that all pairs cost the same (see Items).
+//
+// Order of accesses to shared memory: every hand-over is an mbarrier (Shared). TMA and threads that may be written over
+// wait for an "empty" one, readers for a "full" one. Where a warp hands over as one, its lanes meet in __syncwarp(), which
+// orders their accesses, and lane 0 arrives (release) for all; the other side waits (acquire). That holds for the LSE and
+// delta that warps 1 and 2 store and the consumers load: terms_full after the stores, terms_empty after the loads.
+// compute-sanitizer's racecheck does not follow it, and reports those floats as races.
 //
 // Padding: rows past T are loaded as zeros and not stored. Queries past T have LSE = inf, so P = 0; keys past T are past
 // every query, so that the causal mask covers them.
@@ -55,7 +61,7 @@ struct Tile {
     constexpr int panels() const { return dim / kPanel; }
 };
 
-// Measured on an H100. `columns` 128 does not fit the registers of the keys' kernels. The two sums of dV and dK of
+// As measured on an H100 (dev/LOG.md). 128 columns make the keys' kernel of head_dim 64 spill; the sums of dV and dK of
 // head_dim 128 leave no registers to hold rows or to carry.
 constexpr Tile backward_tile(int dim, Owns owns) {
     if (owns == Owns::keys)
@@ -364,7 +370,7 @@ struct RowOperand {
     uint64_t descriptor;
     uint32_t held[kHold ? kTile.dim / 16 : 1][4];
 
-    // `tile`: of the warpgroup's first row; `lane_offset`: see lane_offset_of
+    // Addresses of the first row of the warpgroup, of this warp
     __device__ __forceinline__ void open(uint32_t tile, uint32_t warp_tile, int lane) {
         if constexpr (kHold) {
 #pragma unroll
@@ -399,6 +405,7 @@ struct RowOperand {
     }
 };
 
+// P or dS as the A operand: [16 columns of it][registers]
 template <int kColumns>
 using Fragments = uint32_t[kColumns / 16][4];
 
@@ -540,9 +547,8 @@ __device__ __forceinline__ void consume(const Parameters& p, const Shared<kTile>
                 for (int j = 0; j < 4; ++j)
                     prob[i + j] = exp2_approx(fmaf(s[i + j], p.to_log2, -(kKeys ? j % 2 ? lse.y : lse.x : row_lse[j / 2])));
             }
-            if constexpr (kKeys) round_to_fragments<kColumns>(p_rounded, prob);
-
             if constexpr (kKeys) {
+                round_to_fragments<kColumns>(p_rounded, prob);
                 ptx::wgmma_fence();
                 multiply_add<kTile>(p_sum, p_rounded, second);
                 ptx::wgmma_commit();
@@ -591,6 +597,7 @@ __device__ __forceinline__ void consume(const Parameters& p, const Shared<kTile>
         if (lane == 0 && bits != 0) atomicMax(&p.amax->amax_bits, bits);
     }
 }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel and launchers
 
