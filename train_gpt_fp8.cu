@@ -40,7 +40,9 @@ void train(const Config& config, int argc, char** argv, Clock::time_point progra
 
     StartPoint start = start_point(config, list, data);
     ProfiledSteps profile(config);
-    const std::unique_ptr<Engine> engine = make_engine(config, shape);
+    EngineOptions options = shape;
+    options.pinned_gemms = start.gemm_choices;
+    const std::unique_ptr<Engine> engine = make_engine(config, options);
     engine->load(start.state);
     print_start(config, *engine, list, data, start);
 

@@ -366,11 +366,37 @@ void check_cache(Report& report) {
         report.expect("gemm cache", "repaired", read_lines(options.cache_file).size() == 4,
                       message("%zu entries", read_lines(options.cache_file).size()));
     }
-    Gemm nowhere({.cache_file = folder + "/missing/algorithms"});
+    Gemm deep({.cache_file = folder + "/made/by/itself/algorithms"});
+    deep.plan(another);
+    deep.save_cache();
+    report.expect("gemm cache", "in a new folder", read_lines(folder + "/made/by/itself/algorithms").size() == 1, "made");
+    Gemm nowhere({.cache_file = options.cache_file + "/below/a/file"});
     nowhere.plan(another);
     nowhere.save_cache();  // a warning
     report.expect("gemm cache", "not writable", !nowhere.choices()[0].from_cache, "goes on without");
     std::filesystem::remove_all(folder);
+}
+
+// What a checkpoint records is what the next run takes, also where tuning or the heuristic would take something else.
+void check_pinned(Report& report) {
+    const GemmShape shape = forward(256, 128, 384, true, true), other = grad_input(256, 128, 384, true);
+    Problem problem(shape);
+    Gemm first({.cache_file = "", .autotune = false});
+    first.plan(shape);
+    std::string record = first.record();
+    const std::vector<uint8_t> result = problem.run(first);
+    {
+        Gemm again({.cache_file = "", .autotune = true, .pinned = record});
+        again.plan(shape);
+        report.expect("gemm pinned", shape.key(), again.choices()[0].pinned && again.choices()[0].us == 0 && again.pin_failure().empty() && again.record() == record,
+                      "taken, not tuned, recorded again");
+        report.compare_bits("gemm pinned", shape.key(), problem.run(again), result);
+        again.plan(other);
+        report.expect("gemm pinned", "a shape that is not in the record", again.pin_failure().starts_with("1 of 2 GEMM shapes"), again.pin_failure());
+    }
+    Gemm elsewhere({.cache_file = "", .autotune = false, .pinned = "Another GPU" + record.substr(record.find('\t'))});
+    elsewhere.plan(shape);
+    report.expect("gemm pinned", "a record that was changed", !elsewhere.choices()[0].pinned && !elsewhere.pin_failure().empty(), elsewhere.pin_failure());
 }
 
 void check_heuristic_only(Report& report) {
@@ -387,6 +413,7 @@ void checks(Report& report) {
     check_noise(report, gemm);
     check_refusals(report, gemm);
     if (!report.small_only) check_cache(report);
+    check_pinned(report);
     check_heuristic_only(report);
 }
 

@@ -18,7 +18,7 @@
 // Autotuning asks the heuristic for up to 32 algorithms and times them on random data: never zeros, which draw less
 // power and run faster (894 against 798 TFLOP/s, BF16 8192^3 on an H200). It is worth up to 24 % over the heuristic's
 // first choice. A plan gives the same bits every time; another algorithm may round differently, so the choice is kept
-// in a file.
+// in a file, and a checkpoint holds the choices that its run made (kernels/gemm/choices.h: both are the same lines).
 #include "kernels/gemm.h"
 
 #include <cublasLt.h>
@@ -29,15 +29,14 @@
 #include <climits>
 #include <cstring>
 #include <fstream>
-#include <map>
-#include <optional>
-#include <type_traits>
-#include <unistd.h>
+#include <sstream>
 #include <unordered_map>
 
 #include "kernels/common/cuda_check.h"
-#include "kernels/common/device.cuh"
 #include "kernels/common/mark.h"
+#include "kernels/gemm/choices.h"
+#include "kernels/gemm/owned.h"
+#include "kernels/gemm/tuning_bench.h"
 
 namespace {
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;
@@ -49,32 +48,6 @@ void cublas_check(cublasStatus_t status, const char* expression, const char* fil
     throw Error(message("%s failed: %s (%s:%d)", expression, cublasLtGetStatusString(status), file, line));
 }
 #define CUBLAS_CHECK(expression) cublas_check((expression), #expression, __FILE__, __LINE__)
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Random operands for tuning
-
-// n values around zero in bell shape, the largest at the format's limit (1 for BF16), as quantized data has it.
-template <Dtype F>
-__global__ void fill_random(void* out, size_t n, uint32_t seed) {
-    const size_t stride = size_t(gridDim.x) * blockDim.x;
-    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += stride) {
-        uint32_t hash = uint32_t(i) * 0x9e3779b9u + seed * 0x7f4a7c15u;
-        hash = (hash ^ (hash >> 15)) * 0x85ebca6bu;
-        hash ^= hash >> 13;
-        const float sum_of_bytes = float(__dp4a(hash, 0x01010101u, 0u));
-        const float x = sum_of_bytes * (2.0f / (4 * 255)) - 1.0f;
-        if constexpr (F == Dtype::bf16) static_cast<bf16*>(out)[i] = __float2bfloat16(x);
-        else static_cast<uint8_t*>(out)[i] = cast_fp8<F>(x, fp8_max(F));
-    }
-}
-
-void fill_random(Dtype type, void* out, size_t n, uint32_t seed, cudaStream_t stream) {
-    constexpr int kBlock = 256, kGrid = 2048;
-    if (type == Dtype::bf16) fill_random<Dtype::bf16><<<kGrid, kBlock, 0, stream>>>(out, n, seed);
-    else if (type == Dtype::e4m3) fill_random<Dtype::e4m3><<<kGrid, kBlock, 0, stream>>>(out, n, seed);
-    else fill_random<Dtype::e5m2><<<kGrid, kBlock, 0, stream>>>(out, n, seed);
-    CUDA_CHECK_LAUNCH();
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shapes
@@ -142,27 +115,7 @@ struct ShapeHash {
 // ---------------------------------------------------------------------------------------------------------------------
 // Plans: the descriptors of one shape and its algorithm
 
-struct Destroy {
-    void operator()(cublasLtHandle_t h) const { cublasLtDestroy(h); }
-    void operator()(cublasLtMatmulDesc_t d) const { cublasLtMatmulDescDestroy(d); }
-    void operator()(cublasLtMatrixLayout_t l) const { cublasLtMatrixLayoutDestroy(l); }
-    void operator()(cublasLtMatmulPreference_t p) const { cublasLtMatmulPreferenceDestroy(p); }
-    void operator()(cudaStream_t s) const { cudaStreamDestroy(s); }
-    void operator()(cudaEvent_t e) const { cudaEventDestroy(e); }
-};
-template <class Handle>
-using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
-
-struct FreeDevice {
-    void operator()(void* p) const { cudaFree(p); }
-};
-using DeviceBytes = std::unique_ptr<void, FreeDevice>;
-
-DeviceBytes allocate(size_t bytes) {
-    void* p = nullptr;
-    CUDA_CHECK(cudaMalloc(&p, bytes));
-    return DeviceBytes(p);
-}
+using namespace gemm_detail;
 
 struct Plan {
     Owned<cublasLtMatmulDesc_t> description;
@@ -215,75 +168,13 @@ struct Candidate {
     cublasLtMatmulAlgo_t algorithm;
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The file of choices: one line a shape, tab-separated:
-//     device, cuBLASLt version, shape, index in the heuristic's list, candidates, algorithm (hex), checksum of the line
-// An algorithm is a plain struct, meaningful to the same version of cuBLASLt only.
-
-struct CacheEntry {
-    int index, candidates;
-    cublasLtMatmulAlgo_t algorithm;
-};
-using Cache = std::map<std::string, CacheEntry>;  // by "device <tab> version <tab> shape"
-
-std::string hex_checksum(const std::string& text) {  // FNV-1a, 64 bits
-    uint64_t h = 0xcbf29ce484222325u;
-    for (const unsigned char c : text) h = (h ^ c) * 0x100000001b3u;
-    return message("%016llx", static_cast<unsigned long long>(h));
-}
-
-std::string cache_line(const std::string& name, const CacheEntry& entry) {
-    std::string line = message("%s\t%d\t%d\t", name.c_str(), entry.index, entry.candidates);
-    for (const uint64_t word : entry.algorithm.data) line += message("%016llx", static_cast<unsigned long long>(word));
-    return line + '\t' + hex_checksum(line);
-}
-
-// A line that cache_line() did not write gives nothing: writing again what was read must give the same text.
-std::optional<std::pair<std::string, CacheEntry>> parse_cache_line(const std::string& line) {
-    std::array<std::string, 7> fields;
-    size_t from = 0;
-    for (size_t i = 0; i < fields.size(); i++) {
-        const size_t tab = std::min(line.find('\t', from), line.size());
-        fields[i] = line.substr(from, tab - from);
-        from = std::min(tab + 1, line.size());
-    }
-    CacheEntry entry{std::atoi(fields[3].c_str()), std::atoi(fields[4].c_str()), {}};
-    constexpr size_t kWords = std::extent_v<decltype(entry.algorithm.data)>;
-    if (fields[5].size() != 16 * kWords) return std::nullopt;
-    for (size_t i = 0; i < kWords; i++)
-        entry.algorithm.data[i] = std::strtoull(fields[5].substr(16 * i, 16).c_str(), nullptr, 16);
-    const std::string name = fields[0] + '\t' + fields[1] + '\t' + fields[2];
-    if (cache_line(name, entry) != line) return std::nullopt;
-    return std::make_pair(name, entry);
-}
-
-Cache read_cache(const std::string& path) {
-    Cache cache;
+gemm_choices::Table read_file(const std::string& path) {
     std::ifstream file(path);
-    std::string line;
-    int damaged = 0;
-    while (std::getline(file, line)) {
-        const auto entry = parse_cache_line(line);
-        if (entry) cache.insert(*entry);
-        else damaged++;
-    }
-    if (damaged) std::fprintf(stderr, "warning: %s: %d damaged lines are ignored\n", path.c_str(), damaged);
-    return cache;
+    const gemm_choices::Read read = gemm_choices::read(file);
+    if (read.damaged > 0) std::fprintf(stderr, "warning: %s: %d damaged lines are ignored\n", path.c_str(), read.damaged);
+    return read.table;
 }
 
-bool write_cache(const std::string& path, const Cache& cache) {
-    const std::string temporary = message("%s.%d.tmp", path.c_str(), int(getpid()));
-    std::FILE* file = std::fopen(temporary.c_str(), "w");
-    if (!file) return false;
-    bool written = true;
-    for (const auto& [name, entry] : cache) written &= std::fprintf(file, "%s\n", cache_line(name, entry).c_str()) > 0;
-    written &= std::fclose(file) == 0;
-    if (written && std::rename(temporary.c_str(), path.c_str()) == 0) return true;
-    const int reason = errno;
-    std::remove(temporary.c_str());
-    errno = reason;
-    return false;
-}
 }  // namespace
 
 std::string GemmShape::key() const {
@@ -307,13 +198,16 @@ struct Gemm::Impl {
     Owned<cublasLtHandle_t> handle;
     DeviceBytes workspace;
     DeviceBytes one;                // a float 1 in device memory: the scales while planning
-    std::string machine;            // "device <tab> version <tab>": start of a cache entry's name
-    Cache cache;                    // as loaded, plus what was tuned since
+    std::string machine;            // "device <tab> version <tab>": start of a choice's name
+    gemm_choices::Table cache;      // as loaded, plus what was tuned since
+    gemm_choices::Table pinned;     // another run's record
+    int unpinned = 0;               // shapes that are not in it
+    gemm_choices::Table record;     // the choices of all plans
     std::unordered_map<GemmShape, Plan, ShapeHash> plans;
     std::vector<GemmChoice> choices;
 
     std::vector<Candidate> candidates(const GemmShape& shape, const Plan& plan) const;
-    bool take_from_cache(Plan& plan, GemmChoice& choice) const;
+    bool take_from(const gemm_choices::Table& table, Plan& plan, GemmChoice& choice) const;
     void tune(const GemmShape& shape, Plan& plan, const std::vector<Candidate>& found, GemmChoice& choice) const;
     cublasStatus_t enqueue(const Plan& plan, const GemmOperands& operands, cudaStream_t stream) const;
 };
@@ -357,91 +251,24 @@ std::vector<Candidate> Gemm::Impl::candidates(const GemmShape& shape, const Plan
     return found;
 }
 
-bool Gemm::Impl::take_from_cache(Plan& plan, GemmChoice& choice) const {
-    const auto entry = cache.find(machine + choice.key);
-    if (entry == cache.end()) return false;
+bool Gemm::Impl::take_from(const gemm_choices::Table& table, Plan& plan, GemmChoice& choice) const {
+    const auto entry = table.find(machine + choice.key);
+    if (entry == table.end()) return false;
     cublasLtMatmulHeuristicResult_t result{};
     const cublasStatus_t status =
         cublasLtMatmulAlgoCheck(handle.get(), plan.description.get(), plan.b.get(), plan.a.get(), plan.d.get(),
                                 plan.d.get(), &entry->second.algorithm, &result);
     if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > kWorkspaceBytes) {
         std::fprintf(stderr, "warning: %s: the algorithm for %s is not valid here and is ignored\n",
-                     options.cache_file.c_str(), choice.key.c_str());
+                     &table == &pinned ? "the checkpoint" : options.cache_file.c_str(), choice.key.c_str());
         return false;
     }
     plan.algorithm = entry->second.algorithm;
     choice.algorithm = entry->second.index;
     choice.candidates = entry->second.candidates;
-    choice.from_cache = true;
+    (&table == &pinned ? choice.pinned : choice.from_cache) = true;
     return true;
 }
-
-namespace {
-// Random operands of one shape in an allocation of their own, a stream and a clock.
-class TuningBench {
-  public:
-    // False if the device memory left does not suffice.
-    bool allocate(const GemmShape& s, const float* one) {
-        const auto room_for = [](int rows, int cols, Dtype type) {
-            return size_t(ceil_div(int64_t(rows) * cols * int64_t(bytes_of(type)), 256)) * 256;
-        };
-        const size_t a_bytes = room_for(s.M, s.K, s.a), b_bytes = room_for(s.N, s.K, s.b);
-        const size_t d_bytes = room_for(s.M, s.N, s.d), bias_bytes = room_for(1, s.N, Dtype::bf16);
-        void* raw = nullptr;
-        if (cudaMalloc(&raw, a_bytes + b_bytes + d_bytes + bias_bytes) != cudaSuccess) {
-            cudaGetLastError();
-            return false;
-        }
-        memory_.reset(raw);
-        stream_ = make_stream();
-        for (auto& event : events_) event = make_event();
-
-        char* const a = static_cast<char*>(raw);
-        char *const b = a + a_bytes, *const d = b + b_bytes, *const bias = d + d_bytes;
-        fill_random(s.a, a, size_t(s.M) * s.K, 1, stream_.get());
-        fill_random(s.b, b, size_t(s.N) * s.K, 2, stream_.get());
-        fill_random(Dtype::bf16, bias, size_t(s.N), 3, stream_.get());
-        CUDA_CHECK(cudaMemsetAsync(d, 0, d_bytes, stream_.get()));
-        operands_ = {.a = a,
-                     .b = b,
-                     .d = d,
-                     .a_scale = is_fp8(s.a) ? one : nullptr,
-                     .b_scale = is_fp8(s.b) ? one : nullptr,
-                     .bias = s.bias ? reinterpret_cast<const bf16*>(bias) : nullptr};
-        return true;
-    }
-
-    // Microseconds a call; nothing if the algorithm does not run.
-    template <class Enqueue>
-    std::optional<float> time_us(int calls, const Enqueue& enqueue) {
-        CUDA_CHECK(cudaEventRecord(events_[0].get(), stream_.get()));
-        for (int i = 0; i < calls; i++)
-            if (enqueue(operands_, stream_.get()) != CUBLAS_STATUS_SUCCESS) return std::nullopt;
-        CUDA_CHECK(cudaEventRecord(events_[1].get(), stream_.get()));
-        CUDA_CHECK(cudaEventSynchronize(events_[1].get()));
-        float ms = 0;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, events_[0].get(), events_[1].get()));
-        return ms * 1000 / calls;
-    }
-
-  private:
-    static Owned<cudaStream_t> make_stream() {
-        cudaStream_t stream = nullptr;
-        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        return Owned<cudaStream_t>(stream);
-    }
-    static Owned<cudaEvent_t> make_event() {
-        cudaEvent_t event = nullptr;
-        CUDA_CHECK(cudaEventCreate(&event));
-        return Owned<cudaEvent_t>(event);
-    }
-
-    DeviceBytes memory_;
-    Owned<cudaStream_t> stream_;
-    Owned<cudaEvent_t> events_[2];
-    GemmOperands operands_{};
-};
-}  // namespace
 
 // Leaves the fastest of `found` in the plan; the first one if there is no memory for operands.
 void Gemm::Impl::tune(const GemmShape& shape, Plan& plan, const std::vector<Candidate>& found,
@@ -495,7 +322,9 @@ Gemm::Gemm(const Options& options) : impl_(std::make_unique<Impl>()) {
     // The number of SMs too: a slice of a GPU has the whole one's name, but other algorithms suit it.
     impl_->machine =
         message("%s, %d SMs\t%zu\t", properties.name, properties.multiProcessorCount, cublasLtGetVersion());
-    if (!options.cache_file.empty()) impl_->cache = read_cache(options.cache_file);
+    if (!options.cache_file.empty()) impl_->cache = read_file(options.cache_file);
+    std::istringstream pinned(options.pinned);
+    impl_->pinned = gemm_choices::read(pinned).table;
 }
 
 Gemm::~Gemm() = default;
@@ -510,8 +339,10 @@ void Gemm::plan(const GemmShape& shape) {
     const void* const one = impl_->one.get();
     set_pointers(plan, {.a_scale = is_fp8(shape.a) ? static_cast<const float*>(one) : nullptr,
                         .b_scale = is_fp8(shape.b) ? static_cast<const float*>(one) : nullptr,
-                        .bias = shape.bias ? static_cast<const bf16*>(one) : nullptr});
-    if (!impl_->take_from_cache(plan, choice)) {
+                        .bias = shape.bias ? static_cast<const __nv_bfloat16*>(one) : nullptr});
+    const bool pinned = impl_->take_from(impl_->pinned, plan, choice);
+    if (!pinned) impl_->unpinned++;
+    if (!pinned && !impl_->take_from(impl_->cache, plan, choice)) {
         const auto found = impl_->candidates(shape, plan);
         plan.algorithm = found[0].algorithm;
         choice.candidates = int(found.size());
@@ -519,6 +350,7 @@ void Gemm::plan(const GemmShape& shape) {
         if (choice.us > 0)  // a choice that was not measured is not worth keeping
             impl_->cache[impl_->machine + choice.key] = {choice.algorithm, choice.candidates, plan.algorithm};
     }
+    impl_->record[impl_->machine + choice.key] = {choice.algorithm, choice.candidates, plan.algorithm};
     impl_->plans.emplace(shape, std::move(plan));
     impl_->choices.push_back(std::move(choice));
 }
@@ -538,10 +370,27 @@ const std::vector<GemmChoice>& Gemm::choices() const { return impl_->choices; }
 void Gemm::save_cache() const {
     const std::string& path = impl_->options.cache_file;
     if (path.empty()) return;
-    Cache merged = impl_->cache;
-    merged.merge(read_cache(path));  // what other processes and machines have written; ours wins
-    if (!write_cache(path, merged))
+    gemm_choices::Table merged = impl_->cache;
+    merged.merge(read_file(path));  // what other processes and machines have written; ours wins
+    if (!gemm_choices::write(path, merged))
         std::fprintf(stderr, "warning: %s: cannot be written: %s\n", path.c_str(), std::strerror(errno));
+}
+
+std::string Gemm::record() const {
+    std::string lines;
+    for (const auto& [name, entry] : impl_->record) lines += gemm_choices::line_of(name, entry) + "\n";
+    return lines;
+}
+
+std::string Gemm::pin_failure() const {
+    if (impl_->options.pinned.empty() || impl_->unpinned == 0) return "";
+    const std::string recorded = impl_->options.pinned, here = impl_->machine;
+    const auto machine_of = [](const std::string& line) {
+        const size_t device = line.find('\t'), version = line.find('\t', std::min(device, line.size() - 1) + 1);
+        return version == std::string::npos ? "nothing readable" : line.substr(0, device) + ", cuBLASLt " + line.substr(device + 1, version - device - 1);
+    };
+    return message("%d of %zu GEMM shapes have no algorithm in the record (made on %s; this is %s)", impl_->unpinned, impl_->plans.size(),
+                   machine_of(recorded).c_str(), machine_of(here).c_str());
 }
 
 size_t Gemm::workspace_bytes() { return kWorkspaceBytes; }

@@ -54,6 +54,7 @@ struct GemmChoice {       // what autotuning found, for the log and the checkpoi
     float us;             // best measured time, or 0 when nothing was measured (from the cache, or no autotuning)
     float first_us;       // time of the heuristic's first choice that runs, or 0
     bool from_cache;
+    bool pinned = false;  // from the record of another run
 };
 
 // Owns the cuBLASLt handle, the workspace and the plans. plan() (setup, may allocate and synchronize) must have been
@@ -63,6 +64,7 @@ class Gemm {
     struct Options {
         std::string cache_file;       // "" = no cache. Keyed by cuBLASLt version, device name and shape
         bool autotune = true;         // false: take the heuristic's first algorithm
+        std::string pinned;           // record() of another run: its choices come before the cache and before tuning
     };
     explicit Gemm(const Options& options);
     ~Gemm();
@@ -71,7 +73,12 @@ class Gemm {
     void run(const GemmShape& shape, const GemmOperands& operands, cudaStream_t stream);
 
     const std::vector<GemmChoice>& choices() const;
-    // Atomically, and with what other devices, versions and processes have put into the file since it was read. A cache
+    // The choices of all plans, one line each: what a checkpoint keeps and `pinned` takes.
+    std::string record() const;
+    // "", or how many shapes `pinned` has no choice for, and whose it is: such shapes may give other bits.
+    std::string pin_failure() const;
+
+    // Atomically, into a folder that it makes, and with what other devices, versions and processes have put into the file since it was read. A cache
     // that cannot be written is a warning, not an error; without a cache_file this does nothing.
     void save_cache() const;
     static size_t workspace_bytes();

@@ -20,7 +20,7 @@ struct CheckpointInfo {
     int64_t samples_per_epoch = 0;  // of the training data: another number means another order of another text
     std::string tokenizer = "unknown";  // of the training data
     std::string config_toml;
-    std::string gemm_choices;  // opaque here
+    std::string gemm_choices;  // Engine::gemm_choices(), opaque here
 };
 
 struct Checkpoint {

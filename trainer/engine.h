@@ -25,6 +25,7 @@ struct EngineOptions {
     bool deterministic = false;  // GPU only: GEMM algorithms pinned to the heuristic's first choice, not tuned
     std::string attention = "auto";  // GPU only: backend, a name of kernels/attention.h
     std::string gemm_cache;      // GPU only: file of tuned GEMM algorithms, "" for none
+    std::string pinned_gemms;    // GPU, deterministic: what gemm_choices() of the run that is resumed returned
     int logit_rows = 0;          // most rows of a call of logits(), at most micro_batch
     Parallel parallel = {};
 };
@@ -80,7 +81,7 @@ class Engine {
     virtual std::string device_name() const = 0;
     virtual std::vector<MemoryRow> memory_table() const = 0;
     virtual std::vector<LinearRow> linear_table() const = 0;
-    virtual std::vector<std::string> gemm_choices() const { return {}; }  // for the log and the checkpoint
+    virtual std::string gemm_choices() const { return ""; }  // one line a shape, for the checkpoint
 };
 
 std::unique_ptr<Engine> make_gpu_engine(const EngineOptions& options);

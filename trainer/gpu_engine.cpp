@@ -53,13 +53,16 @@ std::unique_ptr<Engine> make_gpu_engine(const EngineOptions& options) { return s
 
 GpuEngine::GpuEngine(const EngineOptions& options)
     : options_(checked(options)), list_(make_parameters(options.model)),
-      gemm_({.cache_file = options.deterministic ? "" : options.gemm_cache, .autotune = !options.deterministic}),
+      gemm_({.cache_file = options.deterministic ? "" : options.gemm_cache, .autotune = !options.deterministic,
+             .pinned = options.deterministic ? options.pinned_gemms : ""}),
       model_(options_, list_), weight_format_(options.recipe.output.b.dtype) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     request_memory();
     arena_.require_fits();
     model_.plan(gemm_);  // before the arena takes the memory that tuning borrows
     gemm_.save_cache();
+    const std::string unpinned = gemm_.pin_failure();
+    if (!unpinned.empty()) std::fprintf(stderr, "note: --deterministic: %s: bits may differ from the run that saved the checkpoint\n", unpinned.c_str());
     arena_.allocate();
     model_.bind(arrays_, state_);
     build_tensor_tables();
@@ -308,10 +311,3 @@ std::vector<MemoryRow> GpuEngine::memory_table() const {
 }
 
 std::vector<LinearRow> GpuEngine::linear_table() const { return model_.linear_table(); }
-
-std::vector<std::string> GpuEngine::gemm_choices() const {
-    std::vector<std::string> rows;
-    for (const GemmChoice& c : gemm_.choices())
-        rows.push_back(message("%s: algorithm %d of %d%s", c.key.c_str(), c.algorithm, c.candidates, c.from_cache ? " (cached)" : ""));
-    return rows;
-}

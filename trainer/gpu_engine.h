@@ -29,7 +29,7 @@ class GpuEngine final : public Engine {
     std::string device_name() const override;
     std::vector<MemoryRow> memory_table() const override;
     std::vector<LinearRow> linear_table() const override;
-    std::vector<std::string> gemm_choices() const override;
+    std::string gemm_choices() const override { return gemm_.record(); }
 
   private:
     // Host memory that the GPU copies from and to while the host goes on; one for every step in flight.

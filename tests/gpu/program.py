@@ -27,9 +27,11 @@ def command(shards, out, *options):
 
 
 def run(*arguments):
+    """What it wrote to stderr."""
     done = subprocess.run(command(*arguments), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{arguments}: {done.stderr.strip()[-500:]}")
+    return done.stderr
 
 
 def seconds_to_first_step(shards, out, cache):
@@ -75,6 +77,28 @@ def bit_tests(shards, work, recipe):
     return tests
 
 
+def gemm_choices(folder):
+    return json.loads((folder / "checkpoint.json").read_text())["gemm_choices"]
+
+
+def pin_tests(shards, work):
+    """A deterministic run that is resumed takes the recorded GEMM algorithms, and says so when they are another machine's."""
+    common = ["--recipe", "tensorwise", "--global-batch-tokens", "131072", "--steps", "2", "--checkpoint-every", "1", "--keep", "0"]
+    run(shards, work / "tuned", *common, "--gemm-cache", str(work / "cache"))
+    first = work / "tuned" / "step_000001"
+    silent = run(shards, work / "pinned", *common, "--deterministic", "--resume", str(first))
+    pinned = work / "pinned" / "step_000002"
+    same = gemm_choices(pinned) == gemm_choices(first) != "" and weights(work / "pinned", 2) == weights(work / "tuned", 2) and "note:" not in silent
+    info = json.loads((first / "checkpoint.json").read_text())
+    info["gemm_choices"] = "\n".join("Another GPU" + line[line.find("\t"):] for line in info["gemm_choices"].splitlines())
+    (first / "checkpoint.json").write_text(json.dumps(info))
+    noted = run(shards, work / "elsewhere", *common, "--deterministic", "--resume", str(first))
+    said = "note: --deterministic: " in noted and "Another GPU" in noted
+    return [{"name": "program: a tuned run resumed with --deterministic", "status": "pass" if same else "fail",
+             "figure": "same algorithms, same bits" if same else "algorithms or bits differ: " + silent[-300:]},
+            {"name": "program: recorded GEMM algorithms of another GPU", "status": "pass" if said else "fail", "figure": noted.strip()[-300:] or "nothing is said"}]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
@@ -88,6 +112,8 @@ def main():
     for recipe in ("bf16", "tensorwise"):
         with tempfile.TemporaryDirectory() as folder:
             tests += bit_tests(arguments.shards, pathlib.Path(folder), recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        tests += pin_tests(arguments.shards, pathlib.Path(folder))
     for test in tests:
         print(f"{test['name']} | {test['figure']} | {test['status']}")
     if arguments.json:

@@ -27,11 +27,7 @@ EngineOptions engine_options(const Config& config) {
 std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& options) {
     if (config.device == "cpu") return make_reference_engine(options);
     const std::string obstacle = gpu_obstacle();
-    if (obstacle.empty()) {
-        std::error_code ignored;  // the engine warns when it cannot write the file
-        fs::create_directories(fs::path(config.gemm_cache).parent_path(), ignored);
-        return make_gpu_engine(options);
-    }
+    if (obstacle.empty()) return make_gpu_engine(options);
     REQUIRE(config.device == "auto", "--device gpu: %s", obstacle.c_str());
     std::printf("no usable GPU (%s): using the reference device, slow and meant for small models\n", obstacle.c_str());
     return make_reference_engine(options);
@@ -76,19 +72,17 @@ StartPoint start_point(const Config& config, const ParameterList& list, const Da
     std::string path = config.resume;
     if (path == "auto") path = find_latest(config.out);
     require_own_folder(config, path);
-    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed), ""};
+    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed), "", ""};
     Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec());
     require_same_data_order(config, checkpoint, path, train);
     if (checkpoint.info.recipe != config.recipe)
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
-    return {std::move(checkpoint.state), path};
+    return {std::move(checkpoint.state), path, checkpoint.info.gemm_choices};
 }
 
 CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train) {
-    std::string choices;
-    for (const std::string& line : engine.gemm_choices()) choices += line + "\n";
     return {.model = config.model_spec(), .recipe = config.recipe, .seed = config.seed,
-            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .tokenizer = tokenizer_name(train.info().tokenizer), .config_toml = to_toml(config), .gemm_choices = choices};
+            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .tokenizer = tokenizer_name(train.info().tokenizer), .config_toml = to_toml(config), .gemm_choices = engine.gemm_choices()};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ DataLoader training_data(const Config& config);
 struct StartPoint {
     TrainState state;
     std::string resumed_from;  // folder, "" for a fresh start
+    std::string gemm_choices;  // of the run that is resumed
 };
 
 // Initial weights, or the checkpoint of --resume. An Error if it belongs to a run that this one would not continue, or
