@@ -139,12 +139,13 @@ void check_dbias(Report& report, const Case& c, const std::vector<bf16>& x) {
         results.push_back(dbias.download());
         return dbias.guards_intact();
     };
-    const bool fused = run(true), again = run(true), alone = run(false);
-    // A column is added in a tree: 8 rows, up to 4 tiles, 16 patch rows, strips in 32 lanes. Fewer than 80 roundings of
-    // 2^-24 each lie on one element's way to the sum, and they are random: sqrt(80) * 2^-24 * |partial sums| is below
+    const bool has_alone = c.producer == Producer::identity;
+    const bool fused = run(true), again = run(true), alone = !has_alone || run(false);
+    // A column is added in a tree: 8 rows, 16 patch rows, rows of tiles in 32 lanes, 32 lanes. Fewer than 200 roundings of
+    // 2^-24 each lie on one element's way to the sum, and they are random: sqrt(200) * 2^-24 * |partial sums| is below
     // 1e-6 of the root of the sum of squares, which is the size of a sum of random numbers.
     report.compare(c.name + " dbias", shape, results[0], reference, 1, c.N, {.relative = 1e-6, .absolute = 1e-3});
-    report.compare_bits(c.name + " dbias alone", shape, results[2], results[0]);
+    if (has_alone) report.compare_bits(c.name + " dbias alone", shape, results[2], results[0]);
     const std::vector<uint8_t> expected = codes_of(values, scale_from_amax(amax, c.format), c.format);
     const bool same_again = results[1] == results[0], q_right = q.download() == expected;
     const bool qt_right = qt.download() == transposed(expected, c.M, c.N);
@@ -191,7 +192,8 @@ void check_shapes(Report& report) {
     check_cast(report, {.name = "zeros", .M = 48, .N = 80, .format = Dtype::e4m3},
                std::vector<bf16>(48 * 80, std::bit_cast<bf16>(uint16_t(0))));
 
-    // So many tiles that a block walks a strip of several; the last strip is short, and the matrix narrow, so small.
+    // So many tiles that a block of the bias gradient alone walks a strip of several; the last strip is short, and the matrix
+    // narrow, so small.
     shapes = {{524304, 16}};
     if (!report.small_only) shapes.insert(shapes.end(), {{524289, 3}, {16384, 1600}, {65536, 768}, {16384, 6400}});
     for (const auto [M, N] : shapes) {

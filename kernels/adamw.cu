@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPrepareThreads) optimizer_prepare_kernel(cons
 
 // Up to four elements: all by one access, or the `count` that are left (negative: none). Padding is not touched.
 __device__ __forceinline__ F32x4 load_up_to_4(const float* from, int64_t count) {
-    if (count >= 4) return load_streaming<F32x4>(from);
+    if (count >= 4) return load<F32x4>(from);
     F32x4 v{};
 #pragma unroll
     for (int j = 0; j < 3; ++j)
@@ -75,7 +75,7 @@ __device__ __forceinline__ F32x4 load_up_to_4(const float* from, int64_t count) 
     return v;
 }
 __device__ __forceinline__ void store_up_to_4(float* to, const F32x4& v, int64_t count) {
-    if (count >= 4) return store_streaming(to, v);
+    if (count >= 4) return store(to, v);
 #pragma unroll
     for (int j = 0; j < 3; ++j)
         if (j < count) to[j] = v[j];

@@ -63,14 +63,36 @@ __device__ __forceinline__ void load_row(Bf16Pairs (&x)[VECTORS], const bf16* ro
     }
 }
 
+// Blocks a multiprocessor should hold: as many as leave a thread enough registers not to spill. Without an addition a
+// thread needs a quarter fewer.
+constexpr int resident_blocks_forward(int vectors, bool addition) {
+    if (addition) return vectors <= 3 ? 6 : 3;
+    return vectors <= 3 ? 8 : vectors <= 6 ? 5 : 4;
+}
+
 // VECTORS: of a thread. A row belongs to a warp, or to the block: then C <= 8 * VECTORS * (threads of one of them).
-template <int VECTORS, bool ROW_PER_BLOCK>
-__global__ void __launch_bounds__(kMaxThreadsForward(ROW_PER_BLOCK), ROW_PER_BLOCK ? 1 : VECTORS <= 3 ? 6 : 3)
+template <int VECTORS, bool ROW_PER_BLOCK, bool ADDITION>
+__global__ void __launch_bounds__(kMaxThreadsForward(ROW_PER_BLOCK), ROW_PER_BLOCK ? 1 : resident_blocks_forward(VECTORS, ADDITION))
     forward_kernel(LayerNormForward p) {
     extern __shared__ float4 planes[];  // weight, then bias
     __shared__ float scratch[2][kWarpSize];
 
     const int vectors = p.C / kColumns;
+    const int width = ROW_PER_BLOCK ? blockDim.x : kWarpSize;
+    const int lane = threadIdx.x % width;
+    const int rows_per_block = blockDim.x / width;
+    const int64_t stride = int64_t(gridDim.x) * rows_per_block;
+    const float inverse_C = 1.0f / p.C;
+    uint32_t most = 0;
+
+    int64_t row = int64_t(blockIdx.x) * rows_per_block + threadIdx.x / width;
+    Bf16Pairs residual[VECTORS], delta[ADDITION ? VECTORS : 1];
+    if (row < p.rows) {
+        load_row(residual, p.residual + row * p.C, lane, width, vectors);
+        if constexpr (ADDITION) load_row(delta, p.delta + row * p.C, lane, width, vectors);
+    }
+
+    // While the first rows are on their way
     float4* const weight = planes;
     float4* const bias = planes + 2 * vectors;
     for (int i = threadIdx.x; i < 2 * vectors; i += blockDim.x) {
@@ -80,31 +102,18 @@ __global__ void __launch_bounds__(kMaxThreadsForward(ROW_PER_BLOCK), ROW_PER_BLO
     }
     __syncthreads();
 
-    const int width = ROW_PER_BLOCK ? blockDim.x : kWarpSize;
-    const int lane = threadIdx.x % width;
-    const int rows_per_block = blockDim.x / width;
-    const int64_t stride = int64_t(gridDim.x) * rows_per_block;
-    const float inverse_C = 1.0f / p.C;
-    uint32_t most = 0;
-
-    int64_t row = int64_t(blockIdx.x) * rows_per_block + threadIdx.x / width;
-    Bf16Pairs residual[VECTORS], delta[VECTORS];
-    if (row < p.rows) {
-        load_row(residual, p.residual + row * p.C, lane, width, vectors);
-        if (p.delta) load_row(delta, p.delta + row * p.C, lane, width, vectors);
-    }
     for (; row < p.rows; row += stride) {
         // This row's x; then the registers that it came from are free for the next row.
         Bf16Pairs x[VECTORS];
 #pragma unroll
         for (int k = 0; k < VECTORS; ++k) {
             x[k] = residual[k];
-            if (p.delta)
+            if constexpr (ADDITION)
                 for (int i = 0; i < 4; ++i) x[k][i] = add_pairs(x[k][i], delta[k][i]);
         }
         if (row + stride < p.rows) {
             load_row(residual, p.residual + (row + stride) * p.C, lane, width, vectors);
-            if (p.delta) load_row(delta, p.delta + (row + stride) * p.C, lane, width, vectors);
+            if constexpr (ADDITION) load_row(delta, p.delta + (row + stride) * p.C, lane, width, vectors);
         }
 
         // Mean
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(kMaxThreadsForward(ROW_PER_BLOCK), ROW_PER_BLO
         for (int k = 0; k < VECTORS; ++k) {
             const int v = lane + k * width;
             if (v >= vectors) continue;
-            if (p.delta) store(p.residual_out + row * p.C + kColumns * v, x[k]);
+            if constexpr (ADDITION) store_streaming(p.residual_out + row * p.C + kColumns * v, x[k]);
             for (int i = 0; i < 4; ++i) {
                 const float2 pair = unpack(x[k][i]);
                 sum += pair.x + pair.y;
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(kMaxThreadsForward(ROW_PER_BLOCK), ROW_PER_BLO
                                              (pair.y - mean) * rstd * w.v[2 * i + 1] + b.v[2 * i + 1]);
                 most = pair_amax(most, y[i]);
             }
-            store(p.out + row * p.C + kColumns * v, y);
+            store_streaming(p.out + row * p.C + kColumns * v, y);
         }
     }
     if (p.amax) block_amax_to_slot(amax_bits_of_pair(most), p.amax);
@@ -180,10 +189,10 @@ struct HeldRows {
                 const int v = threadIdx.x + k * blockDim.x;
                 const int64_t at = row * p.C + kColumns * v;
                 const bool inside = row < p.rows && v < vectors;
-                x[r][k] = inside ? load_streaming<Bf16Pairs>(p.x + at) : Bf16Pairs{};
-                dout[r][k] = inside ? load_streaming<Bf16Pairs>(p.dout + at) : Bf16Pairs{};
+                x[r][k] = inside ? load<Bf16Pairs>(p.x + at) : Bf16Pairs{};
+                dout[r][k] = inside ? load<Bf16Pairs>(p.dout + at) : Bf16Pairs{};
                 dresidual[r][k] =
-                    inside && p.dresidual_in ? load_streaming<Bf16Pairs>(p.dresidual_in + at) : Bf16Pairs{};
+                    inside && p.dresidual_in ? load<Bf16Pairs>(p.dresidual_in + at) : Bf16Pairs{};
             }
             mean[r] = row < p.rows ? p.mean[row] : 0.0f;
             rstd[r] = row < p.rows ? p.rstd[row] : 0.0f;
@@ -363,7 +372,7 @@ void require_shape(const char* name, int rows, int C) {
 
 template <int VECTORS, bool ROW_PER_BLOCK>
 void launch_forward(const LayerNormForward& p, int threads, cudaStream_t stream) {
-    const auto kernel = forward_kernel<VECTORS, ROW_PER_BLOCK>;
+    const auto kernel = p.delta ? forward_kernel<VECTORS, ROW_PER_BLOCK, true> : forward_kernel<VECTORS, ROW_PER_BLOCK, false>;
     const int shared_bytes = 2 * p.C * int(sizeof(float));
     allow_shared_bytes(kernel, shared_bytes);
     int blocks_per_sm = 0;

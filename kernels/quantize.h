@@ -27,7 +27,8 @@ struct QuantizeActivation {
     const __nv_bfloat16* x;       // (M, N)
     uint8_t* q;                   // (M, N), or null
     uint8_t* qt;                  // (N, M), or null
-    float* dbias;                 // (N), += sum over rows of the BF16 values (not of the codes), or null; deterministic
+    float* dbias;                 // (N), += sum over rows of the BF16 values (not of the codes), or null; deterministic,
+                                  // alone only with producer = identity
     QuantSlot* slot;              // may be null when q and qt are null (bias gradient only)
     uint32_t* nonfinite;          // or null
     void* workspace;              // quantize_workspace_bytes(M, N), needed with dbias only
