@@ -148,7 +148,3 @@ class Report {
 };
 
 int run_dev_program(int argc, char** argv, const char* name, void (*checks)(Report&), void (*benches)(Report&));
-
-// Streams a device copy larger than L2 through the cache, so that a following single timing starts cold. The first call
-// allocates, so it must not be captured.
-void flush_l2(cudaStream_t stream);

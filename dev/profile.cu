@@ -136,6 +136,15 @@ void print_profile(const Profile& profile, double step_ms) {
                 100 * (1 - profile.busy_ms / step_ms), profile.span_ms, profile.launches, format_profile(profile, kRows).c_str());
 }
 
+constexpr double kMostIdle = 0.03;
+
+// Busy time is of the traced steps and the step's time of others, without tracing: so this may come out a little below zero.
+Json idle_test(const Config& config, const Profile& profile, double step_ms) {
+    const double idle = 1 - profile.busy_ms / step_ms;
+    return {{"name", config.model_spec().name + " " + config.recipe + " idle GPU time"}, {"status", idle <= kMostIdle ? "pass" : "fail"},
+            {"figure", message("%.1f %% (busy %.2f ms of a step of %.2f ms), at most %.0f %%", 100 * idle, profile.busy_ms, step_ms, 100 * kMostIdle)}};
+}
+
 double rounded(double x) { return std::round(x * 1e4) / 1e4; }
 
 Json train_row(const Config& config, const Throughput& t, const std::string& command) {
@@ -186,16 +195,19 @@ bool run(int argc, char** argv) {
 
     const Json test{{"name", model.name + " " + config.recipe + " trains"}, {"status", ok ? "pass" : "fail"}, {"figure", figure}};
     Json json{{"tests", Json::array({test})}, {"bench", Json::array({train_row(config, t, command)})}};
+    bool busy = true;
     if (profile_steps > 0) {
         const Profile profile = trace(config, state, peak_of(device), profile_steps);
         print_profile(profile, t.ms);
+        json["tests"].push_back(idle_test(config, profile, t.ms));
+        busy = json["tests"].back()["status"] == "pass";
         Json& row = json["bench"][0];
         row["busy_ms"] = rounded(profile.busy_ms);
         row["launches"] = profile.launches;
         for (size_t i = 0; i < std::min(kRows, profile.rows.size()); ++i) row["kernels"].push_back(kernel_json(profile.rows[i]));
     }
     if (const std::string& path = options.own.at("json"); !path.empty()) write_json(path, json);
-    return ok;
+    return ok && busy;
 }
 
 }  // namespace

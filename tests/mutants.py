@@ -12,6 +12,7 @@ the results, `--only NAME...` restricts them.
 """
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -27,6 +28,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GPU = 77  # exit status of a dev program that found no GPU
 ORIGINAL = "original"
+RUNS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +116,10 @@ MUTANTS = [
            "kernels/common/device.cuh", "float(double(fp8_max(F)) / clamped)", "float(double(kE4M3Max) / clamped)",
            "dev/quantize", "random q 17x33 e5m2"),
     Mutant("quantize_index_of_32_bits", "llmq quant.cu: loops over elements count in int",
-           "kernels/quantize.cu", "uint8_t* out = q + row * cols + col;", "uint8_t* out = q + int(row * cols + col);",
+           "kernels/quantize/tile.cuh", "uint8_t* out = q + row * cols + col;", "uint8_t* out = q + int(row * cols + col);",
            "dev/quantize", "beyond 2^31 elements", small=False),
     Mutant("amax_guard_off_by_one", "class of llm.c's tail loop: one element too many",
-           "kernels/quantize.cu", "if (tail < n)", "if (tail <= n)", "dev/quantize", "amax_bf16 n=8 "),
+           "kernels/quantize/amax.cu", "if (tail < n)", "if (tail <= n)", "dev/quantize", "amax_bf16 n=8 "),
     Mutant("gelu_guard_off_by_one", "class of llm.c's tail loop: one vector too many",
            "kernels/activation.cu", "if (v >= vectors) break;\n            Bf16Pairs y;\n            for (int i = 0; i < 4; ++i) {\n                y[i] = gelu_of_pair",
            "if (v > vectors) break;\n            Bf16Pairs y;\n            for (int i = 0; i < 4; ++i) {\n                y[i] = gelu_of_pair",
@@ -141,10 +143,10 @@ MUTANTS = [
            "dev/linear", "linear.dx tensorwise"),
     Mutant("weight_gradient_with_weight_scale", "class of llmq's bias gradient: a GEMM gets another operand's scale",
            "trainer/linear.cpp", ".b_scale = &input_slot->inv_scale}", ".b_scale = &weight_slot->inv_scale}",
-           "dev/engines", "gradients tensorwise L2 C64"),
+           "dev/linear", "linear.dW written tensorwise"),
     Mutant("micro_batches_overwrite", "class of llm.c's False that is true: gradients overwritten, not accumulated",
            "trainer/linear.cpp", ".accumulate = !starts_gradients(position)", ".accumulate = false",
-           "dev/engines", "gradients bf16 L2 C64"),
+           "dev/linear", "linear.dW accumulated bf16"),
     Mutant("gradients_never_start_anew", "class of llm.c's False that is true: the step before stays in the gradients",
            "trainer/linear.cpp", ".accumulate = !starts_gradients(position)", ".accumulate = true",
            "dev/linear", "linear.dW written"),
@@ -342,19 +344,26 @@ def build_only(mutants, build, folder, results):
 
 
 def run_built(mutants, folder, results):
-    with tempfile.TemporaryDirectory(prefix="mutants_") as temporary:
-        binary = {}
+    """Several at a time: most of a run is the start of CUDA and the host's references."""
+    with tempfile.TemporaryDirectory(prefix="mutants_") as temporary, concurrent.futures.ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
+        def start(variant, program, arguments):
+            def unpack_and_run():
+                own = pathlib.Path(temporary) / f"{variant}.{'_'.join(arguments)}"
+                own.mkdir(parents=True, exist_ok=True)
+                binary = unpack(packed(folder, variant, program), own)
+                try:
+                    return run(binary, arguments, ROOT)
+                finally:
+                    binary.unlink()
+            return pool.submit(unpack_and_run)
 
-        def unpacked(variant, program):
-            if (variant, program) not in binary:
-                binary[variant, program] = unpack(packed(folder, variant, program), pathlib.Path(temporary))
-            return binary[variant, program]
-
-        for program, arguments in runs_of(mutants):
-            results.original(program, arguments, *run(unpacked(ORIGINAL, program), arguments, ROOT))
-        for mutant in mutants:
+        originals = [(program, arguments, start(ORIGINAL, program, arguments)) for program, arguments in runs_of(mutants)]
+        runs = [(mutant, start(mutant.name, mutant.program, mutant.arguments)) for mutant in mutants]
+        for program, arguments, done in originals:
+            results.original(program, arguments, *done.result())
+        for mutant, done in runs:
             try:
-                results.mutant(mutant, *verdict(mutant, *run(unpacked(mutant.name, mutant.program), mutant.arguments, ROOT)))
+                results.mutant(mutant, *verdict(mutant, *done.result()))
             except FileNotFoundError as error:
                 results.mutant(mutant, "fail", f"not built: {error.filename}")
 

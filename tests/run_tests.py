@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs every test that this machine can run and ends with "N passed, N failed, N skipped".
 
-Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py.
+Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py, those
+of the report tool of tests/report_tests.py.
 GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run.
 """
 import argparse
@@ -14,6 +15,7 @@ import sys
 import fuzz_tests
 import layers
 import program_tests
+import report_tests
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GPU = 77  # exit status of a dev program that found no GPU
@@ -51,14 +53,15 @@ def host_tests(build, tally):
 
 
 def function_tests(tally):
-    for name in sorted(n for n in dir(program_tests) if n.startswith("test_")):
-        try:
-            program_tests.__dict__[name]()
-            tally.add(passed=1)
-            print(f"program: {name}: passed")
-        except AssertionError as error:
-            tally.add(failed=1)
-            print(f"program: {name}: FAILED: {error}")
+    for what, module in (("program", program_tests), ("report", report_tests)):
+        for name in sorted(n for n in dir(module) if n.startswith("test_")):
+            try:
+                getattr(module, name)()
+                tally.add(passed=1)
+                print(f"{what}: {name}: passed")
+            except AssertionError as error:
+                tally.add(failed=1)
+                print(f"{what}: {name}: FAILED: {error}")
 
 
 def gpu_tests(build, tally):

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 
+import floors
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 FOLDER = ROOT / "tests/gpu_report"
@@ -197,6 +199,7 @@ def run(entry, header):
             tests.append({"name": relative_command(command), "status": "fail", "figure": f"exit status {status}"})
     for row in bench:
         row["command"] = row.get("command", "").replace(str(ROOT) + "/", "")
+    tests += floors.tests(entry.name, header["device"], bench)
     sources = hashes(before)
     report = {"name": entry.name, "sources": sources, "sources_sha256": combined(sources), **header,
               "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "tests": tests, "bench": bench}
