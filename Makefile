@@ -4,6 +4,7 @@
 # Every source file is found by wildcard and its header dependencies come from the compiler, so a new kernel, dev
 # program or test needs no edit here.
 
+.DEFAULT_GOAL := all
 CUDA ?= /usr/local/cuda
 ARCH ?= 90a
 BUILD ?= build/sm_$(ARCH)

@@ -2,7 +2,8 @@
 """Runs every test that this machine can run and ends with "N passed, N failed, N skipped".
 
 Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py, those
-of the report tool of tests/report_tests.py.
+of the report tool of tests/report_tests.py, those of the Python tools of tests/tool_tests.py; tests/readme_tests.py runs the
+commands that README.md shows.
 GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run.
 """
 import argparse
@@ -15,7 +16,9 @@ import sys
 import fuzz_tests
 import layers
 import program_tests
+import readme_tests
 import report_tests
+import tool_tests
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GPU = 77  # exit status of a dev program that found no GPU
@@ -64,6 +67,21 @@ def function_tests(tally):
                 print(f"{what}: {name}: FAILED: {error}")
 
 
+def listed_tests(what, tests, tally):
+    """Of a module whose tests() gives pairs of name and function."""
+    for name, test in tests:
+        try:
+            test()
+            tally.add(passed=1)
+            print(f"{what}: {name}: passed")
+        except readme_tests.Skipped as reason:
+            tally.add(skipped=1)
+            print(f"{what}: {name}: skipped: {reason}")
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            tally.add(failed=1)
+            print(f"{what}: {name}: FAILED: {error}")
+
+
 def gpu_tests(build, tally):
     for source in sorted((ROOT / "dev").glob("*.cu")):
         program = build / "dev" / source.stem
@@ -95,6 +113,8 @@ def main():
     tally.add(passed=status == 0, failed=status != 0)
     host_tests(build, tally)
     function_tests(tally)
+    listed_tests("tools", tool_tests.tests(), tally)
+    listed_tests("README", readme_tests.tests(), tally)
     gpu_tests(build, tally)
     tally.add(*fuzz_tests.run(build, arguments.fuzz_seconds))
     if tally.skipped:

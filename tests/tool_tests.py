@@ -1,0 +1,135 @@
+"""Tests of the Python tools that look at runs: reading a log, the plot, the exports. What needs a library that is not here is
+skipped after the tool has said so in one line."""
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+import tempfile
+
+from readme_tests import Skipped
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "dev"))
+import run_log  # noqa: E402
+
+STEPS = 20
+
+
+def record_of_step(step, loss):
+    return {"kind": "step", "step": step, "loss": loss, "grad_norm": 1.0 + step, "lr": 1e-3, "seconds": 0.5, "tokens_per_s": 1000.0 + step, "skipped_steps": 0}
+
+
+def log_lines():
+    """A run that was resumed after step 10, with a loss that is not a number and a torn last line."""
+    lines = [{"kind": "run", "step": 0, "time": "2026-01-01T00:00:00Z", "model": "tiny", "recipe": "bf16", "parameters": 5}]
+    lines += [record_of_step(step, 5.0) for step in range(1, 13)]
+    lines += [{"kind": "run", "step": 10, "time": "2026-01-01T01:00:00Z", "model": "tiny"}]
+    lines += [record_of_step(step, 4.0 - step / 100) for step in range(11, STEPS + 1)]
+    lines[5]["loss"] = None
+    lines += [{"kind": "eval", "step": STEPS, "loss": 3.5}, {"kind": "choices", "step": STEPS, "accuracy": 0.25, "questions": 8},
+              {"kind": "sample", "step": STEPS, "sample": 0, "prompt": "a ", "text": "cat \u20ac"}]
+    return [json.dumps(line) for line in lines] + ['{"kind": "step", "st']
+
+
+class Runs:
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="train_gpt_fp8_")
+        path = pathlib.Path(self.folder.name)
+        for name in ("a", "b"):
+            (path / name).mkdir()
+            (path / name / "log.jsonl").write_text("\n".join(log_lines()))
+        return path
+
+    def __exit__(self, *_):
+        self.folder.cleanup()
+
+
+def tool(library, name, *arguments):
+    """Runs dev/NAME.py; skips when the library is missing and the tool says so in one line."""
+    done = subprocess.run([sys.executable, str(ROOT / "dev" / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    lacking = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True).returncode != 0
+    if lacking:
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode != 0 and len(lines) == 1 and f"needs python3's {library}" in lines[0], done.stderr
+        raise Skipped(lines[0].removeprefix("error: "))
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout
+
+
+def reads_a_log():
+    with Runs() as runs:
+        records = run_log.read_records(runs / "a")
+        assert records == run_log.read_records(runs / "a" / "log.jsonl")
+        losses = dict(run_log.curve(records, "step", "loss"))
+        assert len(losses) == STEPS - 1 and 5 not in losses, losses
+        assert losses[10] == 5.0 and losses[11] == 3.89, "a record after a resume replaces the old one"
+        times = run_log.wall_times(records)
+        assert times[STEPS] - times[0] == 0.5 * STEPS and times[0] == 1767225600.0, times
+        assert run_log.scalars_of(records[("choices", STEPS)]) == {"choices/accuracy": 0.25}
+        assert set(run_log.named([str(runs / "a"), f"x={runs / 'b'}"])) == {"a", "x"}
+        assert set(run_log.named([str(runs / "a"), str(runs / "a" / "log.jsonl")])) == {str(runs / "a"), str(runs / "a" / "log.jsonl")}
+
+
+def draws_runs():
+    with Runs() as runs:
+        picture = runs / "runs.png"
+        said = tool("matplotlib", "plot", "--out", picture, runs / "a", f"second={runs / 'b'}")
+        assert "drew 2 runs" in said and picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20000
+
+
+def refuses_what_is_no_run():
+    with Runs() as runs:
+        (runs / "empty.jsonl").write_text("")
+        for name, library in (("plot", "matplotlib"), ("export_tensorboard", "tensorboard"), ("export_wandb", "wandb")):
+            done = subprocess.run([sys.executable, str(ROOT / "dev" / f"{name}.py"), "--out", str(runs / "out"), "/nonexistent"], capture_output=True, text=True)
+            assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def writes_tensorboard_events():
+    with Runs() as runs:
+        tool("tensorboard", "export_tensorboard", "--out", runs / "events", runs / "a")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        events = EventAccumulator(str(runs / "events" / "a"))
+        events.Reload()
+        losses = {e.step: e.value for e in events.Scalars("train/loss")}
+        assert len(losses) == STEPS - 1 and abs(losses[11] - 3.89) < 1e-6 and abs(events.Scalars("val/loss")[0].value - 3.5) < 1e-6, losses
+        assert abs(events.Scalars("choices/accuracy")[0].value - 0.25) < 1e-6
+        text = events.Tensors("sample")[0].tensor_proto.string_val[0].decode()
+        assert text == "a cat \u20ac", text
+
+
+def leveldb_log(data, header):
+    """The records of a LevelDB log, which is what a .wandb file is behind its header: blocks of 32 KiB, fragments of a check
+    sum, a length, a type (1 whole, 2 first, 3 middle, 4 last)."""
+    at, whole = header, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7:at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def writes_wandb_offline_runs():
+    with Runs() as runs:
+        said = tool("wandb", "export_wandb", "--out", runs / "exported", runs / "a")
+        assert f"{STEPS} steps of a" in said, said
+        found = list((runs / "exported" / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert len(found) == 1, found
+        from wandb.proto import wandb_internal_pb2
+        history = []
+        for data in leveldb_log(found[0].read_bytes(), header=7):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+        assert len(history) == STEPS and history[10]["train/loss"] == 3.89 and history[-1]["val/loss"] == 3.5, history
+
+
+def tests():
+    return [(function.__name__, function) for function in (reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]
