@@ -13,6 +13,7 @@
 
 #include "dev/parts/attention/arrays.h"
 #include "dev/parts/attention/reference.h"
+#include "kernels/attention/backends.h"
 #include "kernels/common/peak.h"
 
 namespace {
@@ -214,8 +215,11 @@ void Sweep::compare_with_cudnn(AttentionBackend backend, const std::string& wher
     }
 }
 
-// cuDNN takes about 60 ms to plan a shape: every one of a dense sweep would be most of this program's time.
-bool planned_by_cudnn(const AttentionShape& s) { return s.T <= 16 || s.T % 16 <= 1 || s.T > 300; }
+// cuDNN takes about 60 ms to plan a shape: every one of a dense sweep would be most of this program's time. Under --small
+// the sanitizer watches, and watches our kernels.
+bool run_cudnn(const Report& report, const AttentionShape& s) {
+    return !report.small_only && (s.T <= 16 || s.T % 16 <= 1 || s.T > 300);
+}
 
 void Sweep::add(const AttentionShape& s, Data data) {
     const std::string where = describe(s);
@@ -223,7 +227,7 @@ void Sweep::add(const AttentionShape& s, Data data) {
     const AttentionReference exact = attention_reference(s, arrays.qkv.get(), arrays.dout.get());
     std::map<AttentionBackend, std::map<std::string, Error2>> errors;
     for (const AttentionBackend backend : kBackends) {
-        if (backend == AttentionBackend::cudnn && !planned_by_cudnn(s)) continue;
+        if (backend == AttentionBackend::cudnn && !run_cudnn(report_, s)) continue;
         const AttentionOptions options{.backend = backend};
         const std::string no_forward = forward_obstacle(s, options), no_backward = backward_obstacle(s, options);
         const std::string tag = std::string(" [") + name_of(backend) + "]";
@@ -285,6 +289,7 @@ std::vector<int> dense_lengths(int head_dim) {
 void check_deterministic(Report& report, const AttentionShape& s) {
     AttentionArrays arrays(s, make_qkv(s, Data::normal), to_bf16(random_normal(elements(s, s.H))));
     for (const AttentionBackend backend : kBackends) {
+        if (backend == AttentionBackend::cudnn && report.small_only) continue;
         const AttentionOptions options{.backend = backend, .deterministic = true};
         const std::string name = message("attention.deterministic [%s]", name_of(backend));
         const std::string no_forward = forward_obstacle(s, options), no_backward = backward_obstacle(s, options);
@@ -302,7 +307,26 @@ void check_deterministic(Report& report, const AttentionShape& s) {
     }
 }
 
+// The pass that finds the amax of what cuDNN wrote.
+void check_amax_pass(Report& report) {
+    for (const size_t n : {8, 16, 2048, 2056, 1 << 20, 3000008}) {
+        if (report.small_only && n > 4096) continue;
+        for (const float special : {0.0f, -INFINITY, NAN}) {
+            std::vector<bf16> x = to_bf16(random_normal(n));
+            if (special != 0) x[size_t(random_ints(1, 0, int(n))[0])] = __float2bfloat16(special);
+            const DeviceBuffer<bf16> on_device(x);
+            DeviceBuffer<QuantSlot> slot(1);
+            slot.zero();
+            attention_amax(on_device.get(), int64_t(n), slot.get(), nullptr);
+            const uint32_t bits = slot.download()[0].amax_bits;
+            report.expect("attention.amax pass", message("n=%zu with %g", n, special), bits == amax_of(x) && slot.guards_intact(),
+                          message("%08x, should be %08x", bits, amax_of(x)));
+        }
+    }
+}
+
 void checks(Report& report) {
+    check_amax_pass(report);
     for (const int head_dim : {64, 128}) {
         std::vector<int> small{1, 2, 17, 64, 65, 128, 129};
         std::vector<int> spiky;

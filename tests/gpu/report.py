@@ -91,6 +91,8 @@ def entries():
     shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "dev/plot.py", "dev/run_log.py"], long=True))
+    found.append(Entry("attention_training", [python_test("attention_training.py")], ["train_gpt_fp8", "data/prepare"] + library,
+                       ["tests/gpu/attention_training.py", "dev/run_log.py"], long=True))
     return {entry.name: entry for entry in found}
 
 

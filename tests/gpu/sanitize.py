@@ -5,7 +5,8 @@
 
 One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps,
 cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
-kernel of ours is racechecked by its own program.
+kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
+exclusion is a skipped result with its reason. dev/attention runs none of cuDNN's kernels in its small mode.
 """
 import argparse
 import concurrent.futures
@@ -21,6 +22,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels; ours are racechecked by their own programs"}
+# (tool, program): (part of the mangled kernel name, why the tool cannot judge it). A kernel's file name is part of its name.
+EXCLUDED = {("racecheck", "attention"): ("hopper_", "TMA and wgmma write and read shared memory outside the threads that racecheck follows, "
+                                                     "ordered by mbarriers; memcheck, initcheck and synccheck cover these kernels")}
 SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: [^\n]*)")
 CLEAN = re.compile(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)")
 TIMEOUT_S = 540
@@ -35,7 +39,8 @@ def run(tool, program):
     if (tool, program) in LEFT_OUT:
         return {"name": name, "status": "skip", "figure": LEFT_OUT[tool, program]}
     start = time.monotonic()
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", str(BUILD / "dev" / program), "check", "--small"]
+    excluded = ["--kernel-name-exclude", f"kernel_substring={EXCLUDED[tool, program][0]}"] if (tool, program) in EXCLUDED else []
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *excluded, str(BUILD / "dev" / program), "check", "--small"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -62,6 +67,8 @@ def main():
     work = [(tool, program) for program in arguments.programs or programs() for tool in TOOLS]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         tests = list(pool.map(lambda item: run(*item), work))
+    tests += [{"name": f"sanitizer: {tool} {program}, kernels named *{name}*", "status": "skip", "figure": reason}
+              for (tool, program), (name, reason) in EXCLUDED.items() if (tool, program) in work]
     for test in tests:
         print(f"{test['name']} | {test['figure']} | {test['status']}")
     if arguments.json:
