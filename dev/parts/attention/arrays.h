@@ -11,6 +11,8 @@ inline int packed_heads(const AttentionShape& s) { return s.H + 2 * s.KV; }
 inline size_t elements(const AttentionShape& s, int heads) { return size_t(s.B) * s.T * heads * s.head_dim; }
 inline std::string describe(const AttentionShape& s) { return message("B%d H%d/%d T%d D%d", s.B, s.H, s.KV, s.T, s.head_dim); }
 
+inline const char* name_of(AttentionBackend backend) { return kAttentionBackendNames[int(backend)]; }
+
 // Why the backend does not run this shape here, or "".
 std::string forward_obstacle(const AttentionShape& shape, const AttentionOptions& options);
 std::string backward_obstacle(const AttentionShape& shape, const AttentionOptions& options);
