@@ -219,3 +219,9 @@ def test_missing_optional_libraries_are_said_once():
         assert first.count("MPI is not here: ") == 1 and first.count("NCCL is not here: ") == 1, first
         assert "is not here" not in again, f"said again: {again}"
         assert "MPI is not here" in changed and "NCCL=" in (build / "libraries.txt").read_text(), changed
+
+
+def test_cudnn_is_not_linked():
+    """It is opened when --attention cudnn asks for it, so that a machine without it runs everything else."""
+    needed = subprocess.run(["readelf", "-d", str(program())], capture_output=True, text=True, check=True).stdout
+    assert "NEEDED" in needed and "cudnn" not in needed, needed
