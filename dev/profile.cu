@@ -149,7 +149,7 @@ double rounded(double x) { return std::round(x * 1e4) / 1e4; }
 
 Json train_row(const Config& config, const Throughput& t, const std::string& command) {
     const ModelSpec model = config.model_spec();
-    return {{"kind", "train"}, {"model", model.name}, {"recipe", config.recipe}, {"head", "bf16"}, {"gpus", 1}, {"shard", "none"},
+    return {{"kind", "train"}, {"model", model.name}, {"recipe", config.recipe}, {"attention", config.attention}, {"head", "bf16"}, {"gpus", 1}, {"shard", "none"},
             {"seq_len", model.seq_len}, {"micro_batch", config.micro_batch}, {"tokens_per_step", config.global_batch_tokens},
             {"tokens_per_s", std::round(t.tokens_per_s)}, {"ms_per_step", rounded(t.ms)}, {"mfu", rounded(t.mfu)}, {"sol", rounded(t.sol)},
             {"memory_gib", rounded(t.memory_gib)}, {"command", command}};

@@ -64,6 +64,14 @@ def objects_in(folder):
     return [str(p.relative_to(ROOT).with_suffix("")) for p in sources]
 
 
+def has_cudnn():
+    try:
+        ctypes.CDLL("libcudnn.so.9")
+        return True
+    except OSError:
+        return False
+
+
 def entries():
     found = []
     for source in sorted((ROOT / "dev").glob("*.cu")):
@@ -80,6 +88,7 @@ def entries():
     found.append(Entry("gradients", [python_test("gradients.py")], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
     found.append(Entry("train", [train_command("gpt2-124M", recipe, 64, 524288) for recipe in ("bf16", "tensorwise")]
                        + [train_command("gpt2-124M", "tensorwise", 64, 524288, "--deterministic")]
+                       + [train_command("gpt2-124M", "tensorwise", 64, 524288, "--attention", name) for name in ("mma", *(["cudnn"] if has_cudnn() else []))]
                        + [train_command("gpt2-1558M", recipe, 16, 131072) for recipe in ("bf16", "tensorwise")],
                        ["dev/profile"] + library))
     found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
