@@ -1,6 +1,8 @@
-"""Tests of the tool that writes tests/gpu_report: perf floors."""
+"""Tests of the tool that writes tests/gpu_report: its parts, perf floors."""
+import json
 import pathlib
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/gpu"))
@@ -63,3 +65,36 @@ def test_the_floors_are_of_reports_that_exist():
         assert len({line[:3] for line in lines}) == len(lines), f"{device}: a floor stands twice"
         for line in lines:
             assert line[0] in names, f"{device}: no report {line[0]}"
+
+
+def command_that_reports(results):
+    """What a dev program does with --json, without a GPU."""
+    return [sys.executable, "-c", f"import sys; open(sys.argv[2], 'w').write({json.dumps(results)!r})"]
+
+
+def test_parts_run_apart_and_go_stale_together():
+    entry = report.Entry("k", [(report.CHECKS, command_that_reports({"tests": [{"name": "right", "status": "pass", "figure": ""}], "bench": []})),
+                               (report.BENCHMARKS, command_that_reports({"tests": [], "bench": [kernel("4x4", us=1.0)]}))], [])
+    header = {"device": "Card"}
+    folder, closure = report.FOLDER, report.closure
+    with tempfile.TemporaryDirectory() as temporary:
+        source = pathlib.Path(temporary) / "source"
+        source.write_text("one")
+        report.FOLDER, report.closure = pathlib.Path(temporary), lambda _: [str(source)]
+        try:
+            assert report.staleness(entry) == "missing"
+            assert report.run(entry, header, [report.CHECKS])
+            assert report.staleness(entry) == "its benchmarks have not run"
+            assert report.run(entry, header, [report.BENCHMARKS])
+            assert report.staleness(entry) == ""
+            written = json.loads(entry.path.read_text())
+            assert [test["name"] for test in written["tests"]] == ["right"] and len(written["bench"]) == 1
+            assert report.run(entry, {"device": "Another card"}, [report.BENCHMARKS])
+            assert report.staleness(entry) == "its checks have not run", "a part of another device is not kept"
+            assert report.run(entry, header, report.PARTS)
+            source.write_text("two")
+            assert report.staleness(entry).startswith("changed: ")
+            assert report.run(entry, header, [report.CHECKS])
+            assert report.staleness(entry) == "its benchmarks have not run", "a part of other sources is not kept"
+        finally:
+            report.FOLDER, report.closure = folder, closure

@@ -1,7 +1,7 @@
 """Perf floors: what tests/gpu/floors.txt demands of the figures of a report.
 
 A line is `report | row | figure | bound`, below a [device name as nvidia-smi has it]. The row is a kernel's `name case`, or a
-training row's `model recipe`, with ` deterministic` behind it when its command says so. A bound is `>= x` or `<= x`.
+training row's `model recipe`, with ` deterministic` or ` attention BACKEND` behind it when its command says so. A bound is `>= x` or `<= x`.
 """
 import operator
 import pathlib
@@ -32,7 +32,9 @@ def parse(text):
 def label(row):
     if row["kind"] == "kernel":
         return f"{row['name']} {row['case']}".strip()
-    return f"{row['model']} {row['recipe']}" + (" deterministic" if "--deterministic" in row.get("command", "") else "")
+    command = row.get("command", "")
+    attention = re.search(r"--attention (\w+)", command)
+    return f"{row['model']} {row['recipe']}" + (" deterministic" if "--deterministic" in command else "") + (f" attention {attention[1]}" if attention else "")
 
 
 def tests(report, device, bench, text=None):

@@ -3,6 +3,8 @@
 
     report.py [NAME...]      run these (default: all but the long ones) on this machine's GPU and write their files
     report.py --stale-only   just those whose file is missing or older than the sources it covers
+    report.py --part PART    only the "checks" (what is right; several such calls may share a GPU) or only the "benchmarks" (what is
+                             fast; wants the GPU alone); the other part is kept from the file if it is of the same sources and device
     report.py --check        run nothing: list stale and missing files, exit status 1 if there is one
     report.py --list         names, and the commands behind them
 
@@ -34,8 +36,11 @@ OUTSIDE = ("build/", "deps/", "/")  # not of this repository
 # What there is to report
 
 
+CHECKS, BENCHMARKS = PARTS = ("checks", "benchmarks")
+
+
 class Entry:
-    """`commands`: argument lists; each gets --json FILE and writes {"tests": [...], "bench": [...]} there."""
+    """`commands`: (part, argument list); each gets --json FILE and writes {"tests": [...], "bench": [...]} there."""
 
     def __init__(self, name, commands, objects, scripts=(), long=False):
         self.name, self.commands, self.objects, self.scripts, self.long = name, commands, objects, list(scripts), long
@@ -49,7 +54,7 @@ def python_test(script, *arguments):
     return [sys.executable, str(ROOT / "tests/gpu" / script), *arguments]
 
 
-def train_command(model, recipe, micro_batch, tokens, *more):
+def train_command(model, micro_batch, tokens, recipe, *more):
     return [str(BUILD / "dev/profile"), "--model", model, "--recipe", recipe, "--micro-batch", str(micro_batch),
             "--global-batch-tokens", str(tokens), *more]
 
@@ -80,27 +85,29 @@ def entries():
         own = [f"dev/{source.stem}", *objects_in(f"dev/parts/{source.stem}"), "dev/harness"]
         kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "kernels/common/mark", "trainer/reference/quantizer"]
         linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
-        found.append(Entry(source.stem, [[str(BUILD / "dev" / source.stem)]], own + linked))
+        program = str(BUILD / "dev" / source.stem)
+        found.append(Entry(source.stem, [(CHECKS, [program, "check"]), (BENCHMARKS, [program, "bench"])], own + linked))
         if source.stem == "attention":  # the peers in the same call
-            found[-1].commands.append(python_test("attention_peers.py"))
+            found[-1].commands.append((BENCHMARKS, python_test("attention_peers.py")))
             found[-1].scripts.append("tests/gpu/attention_peers.py")
     library = library_objects()
-    found.append(Entry("gradients", [python_test("gradients.py")], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
-    found.append(Entry("train", [train_command("gpt2-124M", recipe, 64, 524288) for recipe in ("bf16", "tensorwise")]
-                       + [train_command("gpt2-124M", "tensorwise", 64, 524288, "--deterministic")]
-                       + [train_command("gpt2-124M", "tensorwise", 64, 524288, "--attention", name) for name in ("mma", *(["cudnn"] if has_cudnn() else []))]
-                       + [train_command("gpt2-1558M", recipe, 16, 131072) for recipe in ("bf16", "tensorwise")],
-                       ["dev/profile"] + library))
-    found.append(Entry("program", [python_test("program.py")], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
-    found.append(Entry("saving", [python_test("saving.py")], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
-    checked = sorted({name for entry in found if entry.commands[0][0] == str(BUILD / "dev" / entry.name) for name in entry.objects})
-    found.append(Entry("sanitizer", [python_test("sanitize.py")], checked, ["tests/gpu/sanitize.py"], long=True))
+    found.append(Entry("gradients", [(CHECKS, python_test("gradients.py"))], ["dev/gradients"] + library, ["tests/gpu/gradients.py"]))
+    small, large = ("gpt2-124M", 64, 524288), ("gpt2-1558M", 16, 131072)
+    train = [train_command(*small, "bf16"), train_command(*small, "tensorwise"), train_command(*small, "tensorwise", "--deterministic"),
+             *(train_command(*small, "tensorwise", "--attention", backend) for backend in ("mma", *(["cudnn"] if has_cudnn() else []))),
+             train_command(*large, "bf16"), train_command(*large, "tensorwise")]
+    found.append(Entry("train", [(BENCHMARKS, command) for command in train], ["dev/profile"] + library))
+    found.append(Entry("program", [(BENCHMARKS, python_test("program.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
+    found.append(Entry("saving", [(BENCHMARKS, python_test("saving.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
+    checked = sorted({name for entry in found if entry.commands[0][1][0] == str(BUILD / "dev" / entry.name) for name in entry.objects})
+    found.append(Entry("sanitizer", [(CHECKS, python_test("sanitize.py"))], checked, ["tests/gpu/sanitize.py"], long=True))
     built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile
-    found.append(Entry("mutants", [[sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]], checked, ["tests/mutants.py"], long=True))
+    mutants = [sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]
+    found.append(Entry("mutants", [(CHECKS, mutants)], checked, ["tests/mutants.py"], long=True))
     shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
-    found.append(Entry("learning", [python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png"))],
+    found.append(Entry("learning", [(CHECKS, python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png")))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "dev/plot.py", "dev/run_log.py"], long=True))
-    found.append(Entry("attention_training", [python_test("attention_training.py")], ["train_gpt_fp8", "data/prepare"] + library,
+    found.append(Entry("attention_training", [(CHECKS, python_test("attention_training.py"))], ["train_gpt_fp8", "data/prepare"] + library,
                        ["tests/gpu/attention_training.py", "dev/run_log.py"], long=True))
     return {entry.name: entry for entry in found}
 
@@ -149,7 +156,7 @@ def staleness(entry):
     recorded = report["sources"]
     now = hashes(closure(entry) or recorded)
     if combined(now) == report["sources_sha256"]:
-        return ""
+        return f"its {', '.join(report['not_run'])} have not run" if report.get("not_run") else ""
     changed = sorted(name for name in now.keys() | recorded.keys() if now.get(name) != recorded.get(name))
     return "changed: " + ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 
@@ -188,38 +195,64 @@ def relative_command(command):
     return " ".join(word.replace(str(ROOT) + "/", "").replace(sys.executable, "python3") for word in command)
 
 
-def run(entry, header):
-    """Writes the entry's file. Returns True if everything passed."""
+def run_commands(entry, part):
+    """(tests, bench) of the commands of a part, or None without a GPU."""
+    tests, bench = [], []
+    for words in [words for its_part, words in entry.commands if its_part == part]:
+        print(f"{entry.name}: {relative_command(words)}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            results = pathlib.Path(folder) / "results.json"
+            status = subprocess.run([*words, "--json", str(results)], cwd=ROOT).returncode
+            if status == NO_GPU:
+                return None
+            found = json.loads(results.read_text()) if results.exists() else {"tests": [], "bench": []}
+        tests += [{**test, "part": part} for test in found["tests"]]
+        bench += found["bench"]
+        if status != 0 and all(test["status"] != "fail" for test in found["tests"]):
+            tests.append({"name": relative_command(words), "status": "fail", "figure": f"exit status {status}", "part": part})
+    for row in bench:
+        row["command"] = row.get("command", "").replace(str(ROOT) + "/", "")
+    return tests, bench
+
+
+def kept(entry, header, sources, part):
+    """(tests, bench) that the file has of a part, or None where it has none or was made from other sources or elsewhere."""
+    old = json.loads(entry.path.read_text()) if entry.path.exists() else {}
+    if old.get("sources_sha256") != combined(sources) or any(old.get(key) != header[key] for key in header) or part in old.get("not_run", []):
+        return None
+    return [test for test in old["tests"] if test.get("part") == part], old["bench"] if part == BENCHMARKS else []
+
+
+def run(entry, header, parts):
+    """Runs the parts of an entry and writes its file. Returns True if everything in it passed."""
     before = closure(entry)
     if before is None:
         print(f"{entry.name}: not built; `make` and `make dev` first")
         return False
-    tests, bench = [], []
-    for command in entry.commands:
-        print(f"{entry.name}: {relative_command(command)}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            results = pathlib.Path(folder) / "results.json"
-            status = subprocess.run([*command, "--json", str(results)], cwd=ROOT).returncode
-            if status == NO_GPU:
-                print(f"{entry.name}: no GPU, nothing written")
-                return False
-            part = json.loads(results.read_text()) if results.exists() else {"tests": [], "bench": []}
-        tests += part["tests"]
-        bench += part["bench"]
-        if status != 0 and all(test["status"] != "fail" for test in part["tests"]):
-            tests.append({"name": relative_command(command), "status": "fail", "figure": f"exit status {status}"})
-    for row in bench:
-        row["command"] = row.get("command", "").replace(str(ROOT) + "/", "")
-    tests += floors.tests(entry.name, header["device"], bench)
-    sources = hashes(before)
+    sources, tests, bench, not_run = hashes(before), [], [], []
+    for part in [part for part in PARTS if any(its_part == part for its_part, _ in entry.commands)]:
+        results = run_commands(entry, part) if part in parts else kept(entry, header, sources, part)
+        if results is None and part in parts:
+            print(f"{entry.name}: no GPU, nothing written")
+            return False
+        if results is None:
+            not_run.append(part)
+            continue
+        tests += results[0]
+        bench += results[1]
+        if part == BENCHMARKS:
+            tests = [test for test in tests if not test["name"].startswith("floor: ")]
+            tests += [{**test, "part": part} for test in floors.tests(entry.name, header["device"], bench)]
     report = {"name": entry.name, "sources": sources, "sources_sha256": combined(sources), **header,
-              "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"), "tests": tests, "bench": bench}
+              "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+              **({"not_run": not_run} if not_run else {}), "tests": tests, "bench": bench}
     FOLDER.mkdir(parents=True, exist_ok=True)
     temporary = entry.path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.rename(entry.path)
     failed = sum(test["status"] == "fail" for test in tests)
-    print(f"{entry.name}: {len(tests)} tests, {failed} failed, {len(bench)} benchmarks -> {entry.path.relative_to(ROOT)}", flush=True)
+    missing = "".join(f", {part} not run" for part in not_run)
+    print(f"{entry.name}: {len(tests)} tests, {failed} failed, {len(bench)} benchmarks{missing} -> {os.path.relpath(entry.path, ROOT)}", flush=True)
     return failed == 0
 
 
@@ -244,6 +277,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--stale-only", action="store_true")
+    parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--build", default=str(BUILD), help="the build folder")
@@ -257,7 +291,7 @@ def main():
     chosen = [table[name] for name in arguments.names] or [e for e in table.values() if arguments.check or arguments.list or not e.long]
     if arguments.list:
         for entry in chosen:
-            print("\n".join(f"{entry.name}: {relative_command(command)}" for command in entry.commands))
+            print("\n".join(f"{entry.name}: {relative_command(words)}" for _, words in entry.commands))
         return 0
     if arguments.check:
         return check(chosen)
@@ -267,7 +301,9 @@ def main():
     if not header["device"]:
         print("no GPU: nothing to run")
         return NO_GPU
-    return 0 if all([run(entry, header) for entry in chosen]) else 1
+    parts = [arguments.part] if arguments.part else PARTS
+    chosen = [entry for entry in chosen if any(part in parts for part, _ in entry.commands)]
+    return 0 if all([run(entry, header, parts) for entry in chosen]) else 1
 
 
 if __name__ == "__main__":
