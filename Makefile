@@ -72,6 +72,7 @@ DEV_PROGRAMS := $(patsubst dev/%.cu,%,$(wildcard dev/*.cu))
 COMMIT := $(shell git describe --always --dirty --abbrev=9 2>/dev/null || echo unknown)
 HOST_TESTS := $(patsubst %.cpp,$(BUILD)/%,$(wildcard tests/host/*.cpp))
 
+$(eval $(call uses,NCCL,trainer/distributed/nccl_communicator))
 # MPI is a plugin that the program loads when mpirun started it: the program itself starts where there is no MPI.
 MPI_PLUGIN := $(if $(MPI),$(BUILD)/mpi_plugin.so)
 $(BUILD)/mpi_plugin.so: trainer/distributed/mpi/plugin.cpp trainer/distributed/mpi/plugin.h $(BUILD)/libraries.txt

@@ -7,13 +7,17 @@
 //   start-up, the loop      trainer/run/start, training_loop
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <optional>
 
 #include "kernels/common/check.h"
 #include "trainer/config.h"
+#include "trainer/distributed/world.h"
 #include "trainer/metrics.h"
+#include "trainer/parallel.h"
+#include "trainer/run/agreement.h"
 #include "trainer/run/checkpoint_modes.h"
 #include "trainer/run/choices.h"
 #include "trainer/run/evaluation.h"
@@ -26,40 +30,65 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void train(const Config& config, int argc, char** argv, Clock::time_point program_start) {
-    const ParameterList list = make_parameters(config.model_spec());
+void train(const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
+    const Parallel parallel = make_parallel(world, parallel_options(config));
+    const ParameterList list = make_parameters(config.model_spec(), parallel.group->size());
+    const Held held = held_by(list, parallel.group->rank(), parallel.group->size());
     const DataLoader data = training_data(config);
     const Validation validation(config);
 
     const std::string tokenizer = tokenizer_name(data.info().tokenizer);
-    const EngineOptions shape = engine_options(config);
+    const EngineOptions shape = engine_options(config, parallel);
     std::optional<Samples> samples;
     std::optional<Choices> choices;
     if (config.sample_every > 0) samples.emplace(config, shape, text_tokenizer(tokenizer, config, "--sample-every"));
     if (!config.multiple_choice.empty()) choices.emplace(config.multiple_choice, shape, *text_tokenizer(tokenizer, config, "--multiple-choice"));
 
-    StartPoint start = start_point(config, list, data);
+    StartPoint start = start_point(config, list, held, data, world);
     ProfiledSteps profile(config);
     EngineOptions options = shape;
     options.pinned_gemms = start.gemm_choices;
     const std::unique_ptr<Engine> engine = make_engine(config, options);
     engine->load(start.state);
-    print_start(config, *engine, list, data, start);
+    print_start({config, *engine, list, data, start, world});
 
-    RunLog log(log_options(config, *engine, start.state.step), run_record(config, list, argc, argv));
+    RunLog log(log_options(config, *engine, start.state.step, world), record);
     std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
     stop_on_signals();
     TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log,
-                  .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile, .state = start.state}).run();
+                  .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile, .state = start.state,
+                  .world = world, .held = held}).run();
 }
 
+// Ranks meet before anything can fail, so that a failure of any of them ends all.
 void run(int argc, char** argv) {
     const Clock::time_point program_start = Clock::now();
-    const Config config = parse_config(argc, argv);
-    if (config.print_config) std::fputs(to_toml(config).c_str(), stdout);
-    else if (!config.generate.empty()) generate_from_checkpoint(config);
-    else if (!config.evaluate.empty()) evaluate_checkpoint(config);
-    else train(config, argc, argv, program_start);
+    Config config;
+    std::unique_ptr<Error> bad_options;
+    try {
+        config = parse_config(argc, argv);
+    } catch (const Error& error) {
+        bad_options = std::make_unique<Error>(error);
+    }
+    if (!bad_options && config.print_config) {
+        std::fputs(to_toml(config).c_str(), stdout);
+        return;
+    }
+    World world(find_launch([](const char* name) -> const char* { return std::getenv(name); }), config.timeout);
+    try {
+        if (bad_options) throw Error(*bad_options);
+        const bool of_checkpoint = !config.generate.empty() || !config.evaluate.empty();
+        REQUIRE(world.alone() || !of_checkpoint, "--generate and --evaluate run on one rank: start one process");
+        if (!config.generate.empty()) return generate_from_checkpoint(config);
+        if (!config.evaluate.empty()) return evaluate_checkpoint(config);
+        agree(world, config);
+        if (world.rank() != 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");
+        train(config, world, run_record(config, make_parameters(config.model_spec()), argc, argv), program_start);
+        world.finish();
+    } catch (const std::exception& error) {
+        if (world.alone()) throw;
+        world.fail(error);
+    }
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import fuzz_tests
+import distributed_tests
 import layers
 import program_tests
 import readme_tests
@@ -115,6 +116,7 @@ def main():
     function_tests(tally)
     listed_tests("tools", tool_tests.tests(), tally)
     listed_tests("README", readme_tests.tests(), tally)
+    listed_tests("distributed", distributed_tests.tests(), tally)
     gpu_tests(build, tally)
     tally.add(*fuzz_tests.run(build, arguments.fuzz_seconds))
     if tally.skipped:

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "kernels/common/check.h"
+#include "trainer/distributed/shard.h"
 #include "trainer/safetensors.h"
 
 namespace fs = std::filesystem;
@@ -260,11 +261,17 @@ struct Part {
     const std::vector<float>* flat;
 };
 
-void write_parts(const std::string& path, const ParameterList& list, const std::vector<Part>& parts) {
+std::vector<std::pair<std::string, std::vector<int64_t>>> tensors_of(const ParameterList& list, const std::vector<std::string>& prefixes) {
     std::vector<std::pair<std::string, std::vector<int64_t>>> tensors;
-    for (const Part& part : parts)
-        for (const Parameter& p : list.all) tensors.emplace_back(part.prefix + p.name, file_shape(p));
-    SafetensorsWriter writer(path, tensors);
+    for (const std::string& prefix : prefixes)
+        for (const Parameter& p : list.all) tensors.emplace_back(prefix + p.name, file_shape(p));
+    return tensors;
+}
+
+void write_parts(const std::string& path, const ParameterList& list, const std::vector<Part>& parts) {
+    std::vector<std::string> prefixes;
+    for (const Part& part : parts) prefixes.push_back(part.prefix);
+    SafetensorsWriter writer(path, tensors_of(list, prefixes));
     std::vector<float> file_values;
     for (const Part& part : parts) {
         for (const Parameter& p : list.all) {
@@ -298,24 +305,50 @@ struct Destination {
     std::vector<float>* flat;
 };
 
-void read_parts(const std::string& path, const ParameterList& list, const std::vector<Destination>& parts) {
+void read_parts(const std::string& path, const ParameterList& list, const Held& held, const std::vector<Destination>& parts) {
     const SafetensorsReader reader(path);
     std::set<std::string> known;
     for (const Destination& part : parts) {
-        part.flat->assign(size_t(list.flat_elements), 0.0f);
         for (const Parameter& p : list.all) {
-            const std::string name = part.prefix + p.name;
-            const TensorEntry* tensor = reader.find(name);
-            REQUIRE(tensor, "%s: tensor %s: is missing; expected shape %s", path.c_str(), name.c_str(),
-                    format_shape(file_shape(p)).c_str());
-            read_tensor(reader, *tensor, p, part.flat->data() + p.offset);
-            known.insert(name);
+            const TensorEntry* tensor = reader.find(part.prefix + p.name);
+            REQUIRE(tensor, "%s: tensor %s: is missing; expected shape %s", path.c_str(), (part.prefix + p.name).c_str(), format_shape(file_shape(p)).c_str());
+            known.insert(part.prefix + p.name);
+        }
+        part.flat->assign(size_t(held.elements), 0.0f);
+        std::vector<float> whole;
+        for (const HeldPiece& piece : held.pieces) {
+            const Parameter& p = list[piece.parameter];
+            const TensorEntry& tensor = *reader.find(part.prefix + p.name);
+            float* to = part.flat->data() + piece.offset;
+            if (piece.count == p.padded_count()) {
+                read_tensor(reader, tensor, p, to);
+                continue;
+            }
+            whole.resize(size_t(p.padded_count()));
+            read_tensor(reader, tensor, p, whole.data());
+            std::copy_n(whole.begin() + piece.first, piece.count, to);
         }
     }
     for (const TensorEntry& tensor : reader.tensors())
         REQUIRE(known.contains(tensor.name), "%s: tensor %s of shape %s: this model has none of that name", path.c_str(),
                 tensor.name.c_str(), format_shape(tensor.shape).c_str());
 }
+
+// Elements [begin, end) of a parameter in memory; `values` begins with the first of them.
+void write_elements(SafetensorsWriter& writer, const std::string& name, const Parameter& p, const Range& range, const float* values) {
+    if (!p.file_transposed) return writer.write(name, range.begin, {values, size_t(range.size())});
+    // Memory is (out, in), the file (in, out): of every `in`, the outs between two bounds.
+    std::vector<float> run;
+    for (int64_t in = 0; in < p.cols; ++in) {
+        const int64_t first = std::max<int64_t>(0, range.begin - in + p.cols - 1) / p.cols, last = (range.end - in + p.cols - 1) / p.cols;
+        if (first >= last) continue;
+        run.clear();
+        for (int64_t out = first; out < last; ++out) run.push_back(values[out * p.cols + in - range.begin]);
+        writer.write(name, in * p.rows + first, run);
+    }
+}
+
+std::string hidden_folder(const std::string& out_dir, int64_t step) { return message("%s/.step_%06lld.tmp", out_dir.c_str(), ll(step)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Hugging Face files
@@ -337,9 +370,8 @@ void require_tied(const SafetensorsReader& reader, const TensorEntry& head, cons
             embedding.name.c_str());
 }
 
-void write_folder(const std::string& folder, const CheckpointInfo& info, const ParameterList& list, const TrainState& state) {
-    write_parts(folder + "/" + kParamsFile, list, {{"", &state.params}});
-    write_parts(folder + "/" + kAdamFile, list, {{"adam.m.", &state.m}, {"adam.v.", &state.v}});
+// The last file: with it the folder is a checkpoint.
+void write_info(const std::string& folder, const CheckpointInfo& info, const TrainState& state) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     Header header{.info = info, .step = state.step, .adam_t = state.adam_t, .skipped_steps = state.skipped_steps,
                   .saved_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(),
@@ -347,6 +379,12 @@ void write_folder(const std::string& folder, const CheckpointInfo& info, const P
     for (const char* file : {kParamsFile, kAdamFile}) header.files[file] = fs::file_size(folder + "/" + file);
     write_text_file(folder + "/" + kInfoFile, header_json(header).dump(2, ' ', false, Json::error_handler_t::replace));
     sync_folder(folder);
+}
+
+void write_folder(const std::string& folder, const CheckpointInfo& info, const ParameterList& list, const TrainState& state) {
+    write_parts(folder + "/" + kParamsFile, list, {{"", &state.params}});
+    write_parts(folder + "/" + kAdamFile, list, {{"adam.m.", &state.m}, {"adam.v.", &state.v}});
+    write_info(folder, info, state);
 }
 
 // From its hidden name to its real one. A checkpoint of that step, if there is one, is there until the new one is.
@@ -389,6 +427,51 @@ std::string save_checkpoint(const std::string& out_dir, const CheckpointInfo& in
     return path;
 }
 
+void begin_checkpoint(const std::string& out_dir, const ParameterList& list, int64_t step) {
+    const std::string folder = hidden_folder(out_dir, step);
+    fs::create_directories(out_dir);
+    remove_leftovers(out_dir);
+    require_space(out_dir, 3 * sizeof(float) * uint64_t(list.published_count()));
+    fs::create_directory(folder);
+    SafetensorsWriter(folder + "/" + kParamsFile, tensors_of(list, {""}), SafetensorsWriter::Share::begin).end_part();
+    SafetensorsWriter(folder + "/" + kAdamFile, tensors_of(list, {"adam.m.", "adam.v."}), SafetensorsWriter::Share::begin).end_part();
+}
+
+int64_t write_part(const std::string& out_dir, const ParameterList& list, const Held& held, const PartOfRank& part, const TrainState& state) {
+    const std::string folder = hidden_folder(out_dir, state.step);
+    SafetensorsWriter params(folder + "/" + kParamsFile, tensors_of(list, {""}), SafetensorsWriter::Share::join);
+    SafetensorsWriter adam(folder + "/" + kAdamFile, tensors_of(list, {"adam.m.", "adam.v."}), SafetensorsWriter::Share::join);
+    struct File {
+        SafetensorsWriter& writer;
+        std::string prefix;
+        const std::vector<float>& flat;
+    };
+    const File files[] = {{params, "", state.params}, {adam, "adam.m.", state.m}, {adam, "adam.v.", state.v}};
+    for (const HeldPiece& piece : held.pieces) {
+        const Parameter& p = list[piece.parameter];
+        const Range share = p.gemm_gradient ? even_part(piece.count, part.replica, part.replicas) : even_part(piece.count, part.rank, part.ranks);
+        const Range range = intersection({piece.first + share.begin, piece.first + share.end}, {0, p.count()});  // no padding rows
+        if (range.size() == 0) continue;
+        for (const File& f : files) write_elements(f.writer, f.prefix + p.name, p, range, f.flat.data() + piece.offset + range.begin - piece.first);
+    }
+    return params.end_part() + adam.end_part();
+}
+
+std::string complete_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list, const TrainState& state, int64_t elements) {
+    const std::string name = message("step_%06lld", ll(state.step)), folder = hidden_folder(out_dir, state.step);
+    REQUIRE(elements == 3 * list.published_count(), "checkpoint of step %lld: the ranks wrote %lld elements of %lld", ll(state.step), ll(elements),
+            ll(3 * list.published_count()));
+    for (const char* file : {kParamsFile, kAdamFile}) rename_path(folder + "/" + file + ".tmp", folder + "/" + file);
+    write_info(folder, info, state);
+    publish_folder(out_dir, name);
+    return out_dir + "/" + name;
+}
+
+void abandon_checkpoint(const std::string& out_dir, int64_t step) {
+    std::error_code ignored;
+    fs::remove_all(hidden_folder(out_dir, step), ignored);
+}
+
 void prune_checkpoints(const std::string& out_dir, int keep) {
     if (keep <= 0) return;
     const std::vector<Found> found = complete_checkpoints(out_dir);
@@ -408,11 +491,18 @@ std::string find_latest(const std::string& out_dir) {
 CheckpointInfo load_checkpoint_info(const std::string& path) { return read_header(path).info; }
 
 Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model) {
+    Held everything{.pieces = {}, .elements = list.flat_elements, .unit_offsets = {}, .rest_offset = list.cleared_from};
+    for (size_t i = 0; i < list.all.size(); ++i)
+        everything.pieces.push_back({.parameter = int(i), .first = 0, .count = list.all[i].padded_count(), .offset = list.all[i].offset});
+    return load_checkpoint(path, list, model, everything);
+}
+
+Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model, const Held& held) {
     const Header header = read_header(path);
     require_same_model(path, header.info.model, model);
     Checkpoint c{.info = header.info, .state = {}};
-    read_parts(path + "/" + kParamsFile, list, {{"", &c.state.params}});
-    read_parts(path + "/" + kAdamFile, list, {{"adam.m.", &c.state.m}, {"adam.v.", &c.state.v}});
+    read_parts(path + "/" + kParamsFile, list, held, {{"", &c.state.params}});
+    read_parts(path + "/" + kAdamFile, list, held, {{"adam.m.", &c.state.m}, {"adam.v.", &c.state.v}});
     c.state.step = header.step, c.state.adam_t = header.adam_t, c.state.skipped_steps = header.skipped_steps;
     c.state.recent = header.recent;
     return c;

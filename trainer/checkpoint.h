@@ -32,6 +32,22 @@ struct Checkpoint {
 std::string save_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list,
                             const TrainState& state);
 
+// The same by several ranks in parallel, each writing a part of what it holds into the same files, which do not depend on the
+// number of ranks. Between the phases all ranks must have finished the one before.
+//
+//   begin_checkpoint      one rank: the hidden folder and its files, without data
+//   write_part            every rank; returns the elements written
+//   complete_checkpoint   one rank: checks that the parts are the whole, writes checkpoint.json, renames; or, when a phase failed,
+//   abandon_checkpoint    one rank: removes the hidden folder
+struct PartOfRank {  // of what several ranks hold alike, each writes one part
+    int replica, replicas;  // of a slice
+    int rank, ranks;        // of what every rank holds
+};
+void begin_checkpoint(const std::string& out_dir, const ParameterList& list, int64_t step);
+int64_t write_part(const std::string& out_dir, const ParameterList& list, const Held& held, const PartOfRank& part, const TrainState& state);
+std::string complete_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list, const TrainState& state, int64_t elements);
+void abandon_checkpoint(const std::string& out_dir, int64_t step);
+
 // Removes all complete checkpoints but the `keep` that were saved last; keep <= 0 removes none.
 void prune_checkpoints(const std::string& out_dir, int keep);
 
@@ -42,6 +58,8 @@ std::string find_latest(const std::string& out_dir);
 // Bit for bit what was saved, m and v never empty. A checkpoint of another shape of model is an Error; whether recipe, seed and batch may
 // differ is the caller's to decide from `info`.
 Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model);
+// The same, but only what a rank holds.
+Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model, const Held& held);
 
 // Only checkpoint.json: for decisions before the parameters are read.
 CheckpointInfo load_checkpoint_info(const std::string& path);

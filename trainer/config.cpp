@@ -13,6 +13,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/common/check.h"
+#include "trainer/parallel.h"
 #include "trainer/recipe.h"
 
 namespace {
@@ -66,6 +67,11 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Training", "seed", "of initial weights and data order"}, c.seed);
     visit(OptionInfo{"Training", "deterministic", "pin GEMM algorithms, so that runs agree bit for bit"}, c.deterministic);
     visit(OptionInfo{"Training", "no-graph", "launch every kernel on its own instead of CUDA graphs; same bits"}, c.no_graph);
+
+    visit(OptionInfo{"Ranks", "shard", "what is cut over the ranks: none, optimizer (ZeRO-1), gradients (2) or full (3)"}, c.shard);
+    visit(OptionInfo{"Ranks", "replicate", "groups of ranks; slices are cut inside a group"}, c.replicate);
+    visit(OptionInfo{"Ranks", "reduce-dtype", "f32 or bf16: in which gradients travel between ranks"}, c.reduce_dtype);
+    visit(OptionInfo{"Ranks", "timeout", "seconds without a rank's progress that end the job"}, c.timeout);
 
     visit(OptionInfo{"Evaluation", "eval-every", "evaluate every so many steps (0: never)"}, c.eval_every);
     visit(OptionInfo{"Evaluation", "eval-tokens", "validation tokens of an evaluation, in whole sequences"}, c.eval_tokens);
@@ -195,6 +201,13 @@ void validate_batch(const Config& c) {
             ll(global), c.micro_batch, ll(micro / c.micro_batch), ll(micro), ll(nearest));
     REQUIRE(global / micro <= INT_MAX, "--global-batch-tokens %lld: must be at most %d micro-batches, is %lld", ll(global),
             INT_MAX, ll(global / micro));
+}
+
+void validate_ranks(const Config& c) {
+    find_shard(c.shard);
+    REQUIRE(c.replicate >= 1, "--replicate %d: must be at least 1", c.replicate);
+    REQUIRE(c.reduce_dtype == "f32" || c.reduce_dtype == "bf16", "--reduce-dtype %s: must be f32 or bf16", c.reduce_dtype.c_str());
+    REQUIRE(c.timeout >= 1, "--timeout %d: must be at least 1", c.timeout);
 }
 
 // Written so that NaN fails.
@@ -349,7 +362,8 @@ Config parse_config(int argc, char** argv) {
     }
     REQUIRE(config.resume != "auto" || !config.out.empty(), "--resume auto: needs --out, the folder to look in");
     if (config.warmup_steps == -1) config.warmup_steps = std::min<int64_t>(700, config.steps / 20);
-    if (config.out.empty()) config.out = default_out(config);
+    config.out_is_default = config.out.empty();
+    if (config.out_is_default) config.out = default_out(config);
     validate(config);
     return config;
 }
@@ -357,6 +371,7 @@ Config parse_config(int argc, char** argv) {
 void validate(const Config& c) {
     validate_model(c);
     validate_batch(c);
+    validate_ranks(c);
     validate_training(c);
     validate_text(c);
     validate_files(c);

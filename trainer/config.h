@@ -40,6 +40,12 @@ struct Config {
     bool deterministic = false;
     bool no_graph = false;
 
+    // Ranks (GPUs), of mpirun, srun or torchrun
+    std::string shard = "none";        // none | optimizer | gradients | full
+    int replicate = 1;                 // groups of ranks that each hold a whole model; 1: one group of all
+    std::string reduce_dtype = "f32";  // f32 | bf16: in which gradients travel
+    int timeout = 600;                 // seconds without progress of a rank that end the job
+
     // Evaluation
     int64_t eval_every = 250;  // steps; 0: never
     int64_t eval_tokens = 655360;  // of the validation data, in whole sequences
@@ -56,6 +62,7 @@ struct Config {
 
     // Files
     std::string out;  // empty becomes runs/DATE-TIME-MODEL in parse_config
+    bool out_is_default = false;  // no option: that happened, and ranks take rank 0's
     int64_t checkpoint_every = 1000;  // steps; 0: only at the end
     int keep = 2;                     // newest checkpoints to keep; 0: all
     std::string resume;               // folder of a checkpoint, or "auto": the newest in `out`, if there is one

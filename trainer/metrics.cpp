@@ -250,8 +250,8 @@ std::string RunLog::step_line(const StepRecord& r, double eta_s) const {
     std::string text = message("step %lld/%lld | loss %.4f | norm %.2f | lr %.1e | %s | %s tok/s", (long long)r.steps_done,
                                (long long)options_.total_steps, r.loss, r.grad_norm, r.learning_rate,
                                format_duration(r.seconds).c_str(), format_rate(tokens_per_s).c_str());
-    text += " | MFU " + format_percent(mfu(tokens_per_s, options_.flops, peak_), 1);
-    text += " | SOL " + format_percent(speed_of_light(tokens_per_s, options_.flops, peak_, options_.fp8_linears), 0);
+    text += " | MFU " + format_percent(mfu(tokens_per_s / options_.devices, options_.flops, peak_), 1);
+    text += " | SOL " + format_percent(speed_of_light(tokens_per_s / options_.devices, options_.flops, peak_, options_.fp8_linears), 0);
     if (options_.memory_bytes > 0) text += " | " + format_bytes(options_.memory_bytes);
     if (r.skipped_steps > 0) text += message(" | skipped %lld", (long long)r.skipped_steps);
     if (!r.remark.empty()) text += " (this step: " + r.remark + ")";
@@ -270,8 +270,8 @@ void RunLog::step(const StepRecord& r) {
     set_number(record, "seconds", r.seconds);
     record["tokens"] = r.tokens;
     set_known(record, "tokens_per_s", tokens_per_s);
-    set_known(record, "mfu", mfu(tokens_per_s, options_.flops, peak_));
-    set_known(record, "sol", speed_of_light(tokens_per_s, options_.flops, peak_, options_.fp8_linears));
+    set_known(record, "mfu", mfu(tokens_per_s / options_.devices, options_.flops, peak_));
+    set_known(record, "sol", speed_of_light(tokens_per_s / options_.devices, options_.flops, peak_, options_.fp8_linears));
     record["skipped"] = r.skipped;
     record["skipped_steps"] = r.skipped_steps;
     set_known(record, "loss_z", r.loss_z);

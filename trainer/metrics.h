@@ -44,6 +44,7 @@ struct RunLogOptions {
     int64_t log_every = 1;       // terminal line every so many steps, and for the last; JSON holds every step
     TokenFlops flops{};
     bool fp8_linears = false;    // recipe.quantizes()
+    int devices = 1;             // utilizations are of all their peaks
     double memory_bytes = 0;     // shown on the step line; 0: not shown
     std::string device;          // Engine::device_name(): decides the peak
 };

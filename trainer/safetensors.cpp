@@ -177,8 +177,8 @@ void SafetensorsReader::read(const TensorEntry& tensor, float* out) const {
 // ---------------------------------------------------------------------------------------------------------------------
 // Writer
 
-SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors)
-    : path_(std::move(path)) {
+SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors, Share share)
+    : path_(std::move(path)), share_(share) {
     OrderedJson header;
     header["__metadata__"]["format"] = "pt";  // transformers refuses files that don't say it
     for (const auto& [name, shape] : tensors) {
@@ -196,8 +196,9 @@ SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pa
     const uint64_t data_offset = sizeof(header_bytes) + header_bytes;
     for (auto& [name, place] : places_) place.offset += data_offset;
     file_bytes_ = data_offset + uint64_t(elements_) * sizeof(float);
-    file_ = open(temporary().c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    file_ = open(temporary().c_str(), O_WRONLY | O_CLOEXEC | (share == Share::join ? 0 : O_CREAT | O_TRUNC), 0666);
     REQUIRE(file_ >= 0, "%s: cannot create: %s", temporary().c_str(), std::strerror(errno));
+    if (share == Share::join) return;
     try {
         write_at(0, &header_bytes, sizeof(header_bytes));
         write_at(sizeof(header_bytes), text.data(), text.size());
@@ -210,7 +211,7 @@ SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pa
 
 SafetensorsWriter::~SafetensorsWriter() {
     if (file_ >= 0) close(file_);
-    if (!published_) unlink(temporary().c_str());
+    if (!published_ && share_ == Share::alone) unlink(temporary().c_str());
 }
 
 void SafetensorsWriter::write_at(uint64_t offset, const void* data, size_t bytes) {
@@ -244,11 +245,20 @@ void SafetensorsWriter::append(const std::string& name, std::span<const float> v
     ++next_;
 }
 
-void SafetensorsWriter::publish() {
-    REQUIRE(written_ == elements_, "%s: %lld of %lld elements are written", path_.c_str(), (long long)written_, (long long)elements_);
+void SafetensorsWriter::sync_and_close() {
     REQUIRE(fsync(file_) == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
     const int status = close(std::exchange(file_, -1));
     REQUIRE(status == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
+}
+
+int64_t SafetensorsWriter::end_part() {
+    sync_and_close();
+    return written_;
+}
+
+void SafetensorsWriter::publish() {
+    REQUIRE(written_ == elements_, "%s: %lld of %lld elements are written", path_.c_str(), (long long)written_, (long long)elements_);
+    sync_and_close();
     REQUIRE(std::rename(temporary().c_str(), path_.c_str()) == 0, "%s: cannot rename to %s: %s", temporary().c_str(),
             path_.c_str(), std::strerror(errno));
     published_ = true;

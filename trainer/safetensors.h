@@ -53,7 +53,9 @@ class SafetensorsReader {
 class SafetensorsWriter {
   public:
     using Shape = std::vector<int64_t>;
-    SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors);
+    // Several processes may write one file: one begins it, then all (it too) join it, and each ends its part.
+    enum class Share : uint8_t { alone, begin, join };
+    SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors, Share share = Share::alone);
     ~SafetensorsWriter();
     SafetensorsWriter(const SafetensorsWriter&) = delete;
     SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
@@ -62,6 +64,8 @@ class SafetensorsWriter {
     void write(const std::string& name, int64_t first, std::span<const float> values);
     void append(const std::string& name, std::span<const float> values);  // the next one of the list, whole
     void publish();
+    // Of a shared file: syncs, and returns the elements written here. PATH.tmp is renamed by whoever knows that all have.
+    int64_t end_part();
     uint64_t file_bytes() const { return file_bytes_; }
 
   private:
@@ -71,8 +75,10 @@ class SafetensorsWriter {
     };
     void write_at(uint64_t offset, const void* data, size_t bytes);
     std::string temporary() const { return path_ + ".tmp"; }
+    void sync_and_close();
 
     std::string path_;
+    Share share_;
     std::vector<std::string> names_;
     std::map<std::string, Place> places_;
     size_t next_ = 0;

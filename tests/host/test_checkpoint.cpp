@@ -246,6 +246,46 @@ TEST(Checkpoint, PaddingInMemoryDoesNotMatter) {
     EXPECT_TRUE(std::equal(run.state.params.begin(), run.state.params.end(), c.state.params.begin() + 6400));
 }
 
+// Saved by any number of ranks, the files are the same bytes; loaded by any number, every rank gets its part of the same.
+TEST(Checkpoint, FilesDoNotDependOnTheNumberOfRanks) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string whole = run.save(folder.path(), 1);
+    const TrainState expected = load_checkpoint(whole, run.list, run.model).state;
+    for (const auto& [slices, replicas] : {std::pair(1, 1), std::pair(1, 3), std::pair(2, 1), std::pair(3, 1), std::pair(4, 2), std::pair(7, 1), std::pair(16, 1)}) {
+        const ParameterList list = make_parameters(run.model, slices);
+        const std::string out = folder / message("%d-%d", slices, replicas);
+        std::vector<TrainState> states;
+        for (int r = 0; r < slices; ++r) states.push_back(load_checkpoint(whole, list, run.model, held_by(list, r, slices)).state);
+        begin_checkpoint(out, list, 1);
+        int64_t elements = 0;
+        for (int rank = slices * replicas - 1; rank >= 0; --rank)
+            elements += write_part(out, list, held_by(list, rank % slices, slices),
+                                   {.replica = rank / slices, .replicas = replicas, .rank = rank, .ranks = slices * replicas}, states[size_t(rank % slices)]);
+        const std::string path = complete_checkpoint(out, run.info, list, states[0], elements);
+        for (const char* file : {"/params.safetensors", "/adam.safetensors"}) EXPECT_TRUE(read_file(path + file) == read_file(whole + file)) << slices << " x " << replicas;
+        EXPECT_EQ(names_in(out), (Names{"step_000001"}));
+        const Checkpoint again = load_checkpoint(path, run.list, run.model);
+        for (const auto flat : {&TrainState::params, &TrainState::m, &TrainState::v}) 
+            EXPECT_EQ(std::memcmp((again.state.*flat).data(), (expected.*flat).data(), (expected.*flat).size() * sizeof(float)), 0) << slices << " x " << replicas;
+        EXPECT_EQ(again.state.adam_t, expected.adam_t);
+    }
+}
+
+TEST(Checkpoint, MissingPartsAreNoticed) {
+    const TempFolder folder;
+    TinyRun run;
+    const ParameterList list = make_parameters(run.model, 2);
+    const Held held = held_by(list, 0, 2);
+    const TrainState state = load_checkpoint(run.save(folder.path(), 1), list, run.model, held).state;
+    begin_checkpoint(folder.path(), list, 1);
+    const int64_t elements = write_part(folder.path(), list, held, {.replica = 0, .replicas = 1, .rank = 0, .ranks = 2}, state);
+    const std::string error = error_of([&] { complete_checkpoint(folder.path(), run.info, list, state, elements); });
+    EXPECT_NE(error.find("the ranks wrote"), std::string::npos) << error;
+    abandon_checkpoint(folder.path(), 1);
+    EXPECT_EQ(names_in(folder.path()), (Names{"step_000001"}));
+}
+
 TEST(Checkpoint, LatestIsTheCompleteOneSavedLast) {
     const TempFolder folder;
     TinyRun run;

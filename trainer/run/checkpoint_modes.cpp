@@ -84,7 +84,7 @@ void evaluate_checkpoint(const Config& config) {
     if (!config.val.empty()) {
         REQUIRE(config.eval_tokens >= model.shape.seq_len, "--eval-tokens %lld: must be at least a sequence of the checkpoint's model, %d",
                 (long long)config.eval_tokens, model.shape.seq_len);
-        const Validation::Result result = Validation(model.config).run(*model.engine);
+        const Validation::Result result = Validation(model.config).run(*model.engine, *model.shape.parallel.world);
         std::printf("val loss %.4f | %lld tokens\n", result.loss, (long long)result.tokens);
     }
     if (config.multiple_choice.empty()) return;

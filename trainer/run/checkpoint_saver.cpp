@@ -9,12 +9,12 @@ namespace {
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
-CheckpointSaver::CheckpointSaver(const Options& options, Engine& engine, const ParameterList& list, TrainState&& scratch)
-    : options_(options), engine_(engine), list_(list), state_(std::move(scratch)) {
+CheckpointSaver::CheckpointSaver(const Options& options, Engine& engine, const ParameterList& list, TrainState&& scratch, World& world, const Held& held)
+    : options_(options), engine_(engine), list_(list), world_(world), held_(held), state_(std::move(scratch)) {
     if (!options_.in_background) return;
     // The first touch of gigabytes takes longer than their copy: not while a step waits for it.
     prepared_ = std::async(std::launch::async, [this] {
-        for (std::vector<float>* flat : {&state_.params, &state_.m, &state_.v}) flat->resize(size_t(list_.flat_elements));
+        for (std::vector<float>* flat : {&state_.params, &state_.m, &state_.v}) flat->resize(size_t(held_.elements));
     });
 }
 
@@ -30,7 +30,12 @@ void CheckpointSaver::write(const CheckpointInfo& info, const std::vector<Recent
     REQUIRE(snapshot_step_ >= 0, "checkpoint: write without a snapshot");
     state_.step = std::exchange(snapshot_step_, -1);
     state_.recent = recent;
-    running_ = std::async(std::launch::async, [this, info] { return save(info); });
+    if (world_.alone()) {
+        running_ = std::async(std::launch::async, [this, info] { return save(info); });
+        return;
+    }
+    info_ = info;
+    begin_together();
 }
 
 CheckpointSaver::Outcome CheckpointSaver::save(const CheckpointInfo& info) {
@@ -47,11 +52,74 @@ CheckpointSaver::Outcome CheckpointSaver::save(const CheckpointInfo& info) {
 }
 
 std::optional<CheckpointSaver::Outcome> CheckpointSaver::finished() {
-    if (!running_.valid() || running_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) return {};
-    return running_.get();
+    if (!running_.valid()) return {};
+    uint32_t busy = running_.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
+    world_.host().all_reduce(&busy, 1, Element::u32, Reduction::max);
+    if (busy) return {};
+    return wait();
 }
 
 CheckpointSaver::Outcome CheckpointSaver::wait() {
     REQUIRE(running_.valid(), "checkpoint: none is being written");
-    return running_.get();
+    Outcome outcome = running_.get();
+    return world_.alone() ? outcome : publish_together(outcome);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several ranks
+
+// Of all ranks', with the rank's number; "" when there is none.
+std::string CheckpointSaver::first_problem(const std::string& mine) {
+    const std::vector<std::string> all = world_.all_texts(mine);
+    for (size_t r = 0; r < all.size(); ++r)
+        if (!all[r].empty()) return message("rank %zu: %s", r, all[r].c_str());
+    return "";
+}
+
+void CheckpointSaver::begin_together() {
+    std::string problem;
+    try {
+        if (world_.rank() == 0) begin_checkpoint(options_.out, list_, state_.step);
+    } catch (const std::exception& error) {
+        problem = error.what();
+    }
+    problem = first_problem(problem);
+    running_ = std::async(std::launch::async, [this, problem] {
+        if (problem.empty()) return save_part();
+        return Outcome{.steps_done = state_.step, .path = "", .problem = problem, .seconds = now_s() - start_s_};
+    });
+}
+
+CheckpointSaver::Outcome CheckpointSaver::save_part() {
+    Outcome outcome{.steps_done = state_.step, .path = "", .problem = "", .seconds = 0};
+    try {
+        copied_.get();
+        const int replicas = world_.size() / list_.ranks;
+        const PartOfRank part{.replica = world_.rank() / list_.ranks, .replicas = replicas, .rank = world_.rank(), .ranks = world_.size()};
+        elements_ = write_part(options_.out, list_, held_, part, state_);
+    } catch (const std::exception& error) {
+        outcome.problem = error.what();
+    }
+    return outcome;
+}
+
+CheckpointSaver::Outcome CheckpointSaver::publish_together(Outcome outcome) {
+    outcome.problem = first_problem(outcome.problem);
+    const std::vector<std::string> written = world_.all_texts(std::to_string(elements_));
+    std::string problem;
+    if (world_.rank() == 0) try {
+        int64_t elements = 0;
+        for (const std::string& text : written) elements += std::stoll(text);
+        if (outcome.problem.empty()) outcome.path = complete_checkpoint(options_.out, info_, list_, state_, elements);
+        else abandon_checkpoint(options_.out, state_.step);
+        prune_checkpoints(options_.out, options_.keep);
+    } catch (const std::exception& error) {
+        problem = error.what();
+        if (outcome.path.empty()) abandon_checkpoint(options_.out, state_.step);
+    }
+    outcome.path = world_.all_texts(outcome.path)[0];
+    problem = first_problem(problem);
+    if (outcome.problem.empty()) outcome.problem = problem;
+    outcome.seconds = now_s() - start_s_;
+    return outcome;
 }

@@ -6,11 +6,15 @@
 //
 // There is one copy of the state on the host, so a snapshot waits for the write before it. A save that fails is reported and
 // leaves the checkpoints that are there.
+//
+// Several ranks: all call the same functions in the same order. write() and the end are done together (one rank begins the
+// files, all write parts of what they hold in the background, one publishes); a rank's failure is every rank's outcome.
 #pragma once
 #include <future>
 #include <optional>
 
 #include "trainer/checkpoint.h"
+#include "trainer/distributed/world.h"
 #include "trainer/engine.h"
 
 class CheckpointSaver {
@@ -21,7 +25,7 @@ class CheckpointSaver {
         bool in_background;  // false: memory for the state is taken at the first snapshot, not beforehand
     };
     // `scratch` gives its memory.
-    CheckpointSaver(const Options& options, Engine& engine, const ParameterList& list, TrainState&& scratch);
+    CheckpointSaver(const Options& options, Engine& engine, const ParameterList& list, TrainState&& scratch, World& world, const Held& held);
 
     void snapshot(int64_t steps_done);  // after the step has been enqueued; finished() must have told of the one before
     // The step whose snapshot waits for write(); -1: none.
@@ -40,11 +44,19 @@ class CheckpointSaver {
 
   private:
     Outcome save(const CheckpointInfo& info);
+    void begin_together();
+    Outcome save_part();
+    Outcome publish_together(Outcome part);
+    std::string first_problem(const std::string& mine);
 
     Options options_;
     Engine& engine_;
     const ParameterList& list_;
+    World& world_;
+    const Held& held_;
     TrainState state_;
+    CheckpointInfo info_;   // of the checkpoint that several ranks are writing
+    int64_t elements_ = 0;  // of it, written here
     std::future<void> prepared_;
     std::shared_future<void> copied_;
     double start_s_ = 0;

@@ -16,7 +16,8 @@ class Validation {
         double loss;  // mean of a token
         int64_t tokens;
     };
-    Result run(Engine& engine) const;
+    // Ranks take turns; all call it. The sum is in the order of micro-batches, whatever the number of ranks.
+    Result run(Engine& engine, Communicator& ranks) const;
 
   private:
     int64_t T_, B_;

@@ -9,19 +9,27 @@
 namespace fs = std::filesystem;
 using ll = long long;
 
-EngineOptions engine_options(const Config& config) {
+ParallelOptions parallel_options(const Config& config) {
+    return {.shard = find_shard(config.shard), .replicate = config.replicate, .gradient_element = config.reduce_dtype == "bf16" ? Element::bf16 : Element::f32};
+}
+
+EngineOptions engine_options(const Config& config, const Parallel& parallel) {
     const ModelSpec model = config.model_spec();
+    const int ranks = parallel.world->size();
+    REQUIRE(config.micro_batches_per_step() % ranks == 0, "--global-batch-tokens %lld: is %d micro-batches of %lld tokens, must be a multiple of the %d ranks",
+            ll(config.global_batch_tokens), config.micro_batches_per_step(), ll(config.micro_batch_tokens()), ranks);
     return {.model = model,
             .recipe = find_recipe(config.recipe),
             .micro_batch = config.micro_batch,
             .seq_len = model.seq_len,
-            .micro_batches_per_step = config.micro_batches_per_step(),
+            .micro_batches_per_step = config.micro_batches_per_step() / ranks,
             .adamw = config.adamw(),
             .use_graphs = !config.no_graph,
             .deterministic = config.deterministic,
             .attention = config.attention,
             .gemm_cache = config.gemm_cache,
-            .logit_rows = config.sample_every > 0 ? config.samples : 0};
+            .logit_rows = config.sample_every > 0 ? config.samples : 0,
+            .parallel = parallel};
 }
 
 std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& options) {
@@ -68,15 +76,17 @@ void require_same_data_order(const Config& config, const Checkpoint& checkpoint,
 
 }  // namespace
 
-StartPoint start_point(const Config& config, const ParameterList& list, const DataLoader& train) {
+StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world) {
     std::string path = config.resume;
-    if (path == "auto") path = find_latest(config.out);
+    if (path == "auto") path = world.all_texts(world.rank() == 0 ? find_latest(config.out) : "")[0];
     require_own_folder(config, path);
-    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed), "", ""};
-    Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec());
+    world.all_texts("");  // before rank 0 begins a log there
+    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed, held), "", ""};
+    Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec(), held);
     require_same_data_order(config, checkpoint, path, train);
     if (checkpoint.info.recipe != config.recipe)
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
+    world.require_agreement({{"a checkpoint of step", std::to_string(checkpoint.state.step)}});
     return {std::move(checkpoint.state), path, checkpoint.info.gemm_choices};
 }
 
@@ -88,13 +98,13 @@ CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const
 // ---------------------------------------------------------------------------------------------------------------------
 // What the log and the terminal say first
 
-RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step) {
+RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step, const World& world) {
     const ModelSpec model = config.model_spec();
     double memory = 0;
     for (const MemoryRow& row : engine.memory_table()) memory += row.bytes;
-    return {.out = config.out, .resuming = !config.resume.empty(), .first_step = first_step, .total_steps = config.steps,
+    return {.out = world.rank() == 0 ? config.out : "", .resuming = !config.resume.empty(), .first_step = first_step, .total_steps = config.steps,
             .log_every = config.log_every, .flops = flops_per_token(model, model.seq_len),
-            .fp8_linears = find_recipe(config.recipe).quantizes(), .memory_bytes = memory, .device = engine.device_name()};
+            .fp8_linears = find_recipe(config.recipe).quantizes(), .devices = world.size(), .memory_bytes = memory, .device = engine.device_name()};
 }
 
 RunRecord run_record(const Config& config, const ParameterList& list, int argc, char** argv) {
@@ -108,12 +118,15 @@ RunRecord run_record(const Config& config, const ParameterList& list, int argc, 
             .tokens_per_step = config.global_batch_tokens};
 }
 
-void print_start(const Config& config, const Engine& engine, const ParameterList& list, const DataLoader& train, const StartPoint& start) {
+void print_start(const Started& s) {
+    const auto& [config, engine, list, train, start, world] = s;
     const ModelSpec m = config.model_spec();
     std::printf("train_gpt_fp8 %s | %s", git_commit().c_str(), engine.device_name().c_str());
     for (const auto& [name, version] : library_versions()) std::printf(" | %s %s", name.c_str(), version.c_str());
     std::printf("\nmodel   %s: %d layers, width %d, %d heads, ffn %d, vocabulary %d (%d in memory), context %d: %lld parameters\n",
                 m.name.c_str(), m.n_layers, m.dim, m.n_heads, m.ffn_dim, m.vocab_size, m.padded_vocab(), m.seq_len, ll(list.published_count()));
+    if (!world.alone())
+        std::printf("ranks   %d, %s: --shard %s, %d groups of %d\n", world.size(), world.transport(), config.shard.c_str(), world.size() / list.ranks, list.ranks);
     std::printf("recipe  %s: %s\n", config.recipe.c_str(), find_recipe(config.recipe).description.c_str());
     for (const LinearRow& row : engine.linear_table()) std::printf("  %-44s %-5s %s\n", row.name.c_str(), row.precision.c_str(), row.reason.c_str());
     std::printf("data    %lld tokens in %zu shards, %lld samples an epoch\n", ll(train.tokens()), train.shards(), ll(train.samples_per_epoch()));

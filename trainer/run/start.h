@@ -6,10 +6,12 @@
 #include "data/loader.h"
 #include "trainer/checkpoint.h"
 #include "trainer/config.h"
+#include "trainer/distributed/world.h"
 #include "trainer/engine.h"
 #include "trainer/metrics.h"
 
-EngineOptions engine_options(const Config& config);
+ParallelOptions parallel_options(const Config& config);
+EngineOptions engine_options(const Config& config, const Parallel& parallel = {});
 
 // The device that --device names; `auto` falls back to the reference device, and says so.
 std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& options);
@@ -25,11 +27,20 @@ struct StartPoint {
 
 // Initial weights, or the checkpoint of --resume. An Error if it belongs to a run that this one would not continue, or
 // if --out is the folder of another run.
-StartPoint start_point(const Config& config, const ParameterList& list, const DataLoader& train);
+// All ranks call it; each gets what it holds, and all the same step.
+StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world);
 
 CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train);
 
-RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step);
+RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step, const World& world);
 RunRecord run_record(const Config& config, const ParameterList& list, int argc, char** argv);
 
-void print_start(const Config& config, const Engine& engine, const ParameterList& list, const DataLoader& train, const StartPoint& start);
+struct Started {
+    const Config& config;
+    const Engine& engine;
+    const ParameterList& list;
+    const DataLoader& train;
+    const StartPoint& start;
+    const World& world;
+};
+void print_start(const Started& s);

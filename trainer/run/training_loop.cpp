@@ -31,8 +31,15 @@ void stop_on_signals() {
 TrainingLoop::TrainingLoop(const Parts& parts)
     : p_(parts), first_step_(parts.state.step), step_(first_step_), outliers_(parts.config.outlier_window, parts.state.recent),
       saver_({.out = parts.config.out, .keep = parts.config.keep, .in_background = parts.config.checkpoint_every > 0}, parts.engine,
-             parts.list, std::move(parts.state)),
-      inputs_(size_t(parts.config.global_batch_tokens)), targets_(size_t(parts.config.global_batch_tokens)) {}
+             parts.list, std::move(parts.state), parts.world, parts.held),
+      inputs_(size_t(parts.config.global_batch_tokens / parts.world.size())), targets_(inputs_.size()) {}
+
+// A signal reaches every rank at another time, or only one: all stop after the same step.
+bool TrainingLoop::stop_agreed() const {
+    uint32_t stop = uint32_t(stop_requested);
+    p_.world.host().all_reduce(&stop, 1, Element::u32, Reduction::max);
+    return stop != 0;
+}
 
 // Every so many steps, but not after the last one, which has its own.
 bool TrainingLoop::due(int64_t every, int64_t steps_done) const {
@@ -42,7 +49,7 @@ bool TrainingLoop::due(int64_t every, int64_t steps_done) const {
 void TrainingLoop::run() {
     const Config& config = p_.config;
     if (step_ == 0 && config.eval_every > 0) evaluate(0);
-    while (step_ < config.steps && !stop_requested) {
+    while (step_ < config.steps && !stop_agreed()) {
         enqueue(step_++);
         if (due(config.checkpoint_every, step_)) start_save(step_);
         const bool evaluation = due(config.eval_every, step_), sampling = due(config.sample_every, step_);
@@ -62,7 +69,8 @@ void TrainingLoop::run() {
 
 void TrainingLoop::enqueue(int64_t step) {
     const Config& config = p_.config;
-    p_.train.fill(step, 0, p_.train.samples_per_step(), inputs_.data(), targets_.data());
+    const int64_t samples = p_.train.samples_per_step() / p_.world.size();  // this rank's of the global batch
+    p_.train.fill(step, samples * p_.world.rank(), samples, inputs_.data(), targets_.data());
     StepInputs in{.step = step, .learning_rate = learning_rate(config.lr_schedule(), step),
                   .inverse_valid_tokens = 1.0f / float(config.global_batch_tokens)};
     if (config.skips_loss_outliers()) in.loss_limit = outliers_.losses(step).limit(config.outlier_z);
@@ -72,7 +80,10 @@ void TrainingLoop::enqueue(int64_t step) {
 }
 
 void TrainingLoop::finish_one() {
-    const StepResult result = p_.engine.collect();
+    const StepResult result = [&] {
+        const Watch::Waiting waiting(p_.world.watch(), "a step");  // devices wait for each other
+        return p_.engine.collect();
+    }();
     const Pending p = pending_.front();
     pending_.pop_front();
     const OutlierDetector::Statistics losses = outliers_.losses(p.step), norms = outliers_.norms(p.step);
@@ -99,7 +110,7 @@ std::string TrainingLoop::remark(const StepResult& result, const OutlierDetector
 void TrainingLoop::evaluate(int64_t steps_done) {
     if (p_.validation) {
         const double start = now_s();
-        const Validation::Result result = p_.validation.run(p_.engine);
+        const Validation::Result result = p_.validation.run(p_.engine, p_.world.host());
         p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
     }
     if (p_.choices) {

@@ -32,6 +32,8 @@ class TrainingLoop {
         const Samples* samples;  // or null
         ProfiledSteps& profile;
         TrainState& state;  // the same; emptied: its memory serves for checkpoints
+        World& world;
+        const Held& held;
     };
     explicit TrainingLoop(const Parts& parts);
 
@@ -44,6 +46,7 @@ class TrainingLoop {
         float learning_rate;
     };
 
+    bool stop_agreed() const;
     bool due(int64_t every, int64_t steps_done) const;
     void enqueue(int64_t step);
     void finish_one();

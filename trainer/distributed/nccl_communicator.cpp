@@ -1,0 +1,113 @@
+#include "trainer/distributed/nccl_communicator.h"
+
+#include "trainer/distributed/world.h"
+
+#ifndef TRAIN_GPT_NCCL
+
+std::string nccl_obstacle() { return "built without NCCL: install nccl.h and build again"; }
+std::string nccl_version() { return ""; }
+std::unique_ptr<Communicator> nccl_split(World&, int, const NcclOptions&, bool) { throw Error(nccl_obstacle()); }
+
+#else
+
+#include <dlfcn.h>
+#include <nccl.h>
+
+#include <type_traits>
+
+namespace {
+
+// The functions used, by name; their types are the header's.
+struct Nccl {
+    decltype(&ncclGetVersion) get_version;
+    decltype(&ncclGetUniqueId) get_unique_id;
+    decltype(&ncclCommInitRankConfig) init;
+    decltype(&ncclCommDestroy) destroy;
+    decltype(&ncclAllReduce) all_reduce;
+    decltype(&ncclReduceScatter) reduce_scatter;
+    decltype(&ncclAllGather) all_gather;
+    decltype(&ncclBroadcast) broadcast;
+    decltype(&ncclGetErrorString) error_string;
+    decltype(&ncclGetLastError) last_error;
+    std::string obstacle;
+
+    Nccl() {
+        void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+        if (!library) {
+            obstacle = dlerror();
+            return;
+        }
+        const auto find = [&](auto& function, const char* name) {
+            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+            if (!function) obstacle = std::string("libnccl.so.2 has no ") + name;
+        };
+        find(get_version, "ncclGetVersion"), find(get_unique_id, "ncclGetUniqueId"), find(init, "ncclCommInitRankConfig");
+        find(destroy, "ncclCommDestroy"), find(all_reduce, "ncclAllReduce"), find(reduce_scatter, "ncclReduceScatter");
+        find(all_gather, "ncclAllGather"), find(broadcast, "ncclBroadcast"), find(error_string, "ncclGetErrorString");
+        find(last_error, "ncclGetLastError");
+    }
+};
+
+const Nccl& nccl() {
+    static const Nccl loaded;  // a library is loaded once a process
+    return loaded;
+}
+
+void nccl_check(ncclResult_t status, const char* what) {
+    REQUIRE(status == ncclSuccess, "%s failed: %s: %s", what, nccl().error_string(status), nccl().last_error(nullptr));
+}
+#define NCCL_CHECK(call) nccl_check(nccl().call, "NCCL: " #call)
+
+ncclDataType_t type_of(Element e) { return e == Element::f32 ? ncclFloat32 : e == Element::bf16 ? ncclBfloat16 : ncclUint32; }
+
+class NcclCommunicator final : public Communicator {
+  public:
+    NcclCommunicator(int rank, int size, const ncclUniqueId& id, const NcclOptions& options) : Communicator(rank, size) {
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        if (options.most_ctas > 0) config.maxCTAs = options.most_ctas;
+        NCCL_CHECK(init(&communicator_, size, id, rank, &config));
+    }
+    ~NcclCommunicator() override {
+        if (communicator_) nccl().destroy(communicator_);
+    }
+
+  private:
+    void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) override {
+        NCCL_CHECK(all_reduce(data, data, size_t(count), type_of(element), reduction == Reduction::sum ? ncclSum : ncclMax, communicator_, stream));
+    }
+    void do_reduce_scatter(void* data, int64_t count, Element element, CUstream_st* stream) override {
+        char* mine = static_cast<char*>(data) + count * bytes_of(element) * rank();
+        NCCL_CHECK(reduce_scatter(data, mine, size_t(count), type_of(element), ncclSum, communicator_, stream));
+    }
+    void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) override {
+        NCCL_CHECK(all_gather(static_cast<char*>(data) + bytes * rank(), data, size_t(bytes), ncclUint8, communicator_, stream));
+    }
+    void do_broadcast(void* data, int64_t bytes, int root, CUstream_st* stream) override {
+        NCCL_CHECK(broadcast(data, data, size_t(bytes), ncclUint8, root, communicator_, stream));
+    }
+
+    ncclComm_t communicator_ = nullptr;
+};
+
+}  // namespace
+
+std::string nccl_obstacle() { return nccl().obstacle; }
+
+std::string nccl_version() {
+    int version = 0;
+    if (!nccl_obstacle().empty() || nccl().get_version(&version) != ncclSuccess) return "";
+    return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+}
+
+std::unique_ptr<Communicator> nccl_split(World& world, int color, const NcclOptions& options, bool of_one_too) {
+    REQUIRE(nccl_obstacle().empty(), "several GPUs need NCCL: %s", nccl_obstacle().c_str());
+    const std::unique_ptr<Communicator> group = world.split(color);
+    if (group->size() == 1 && !of_one_too) return std::make_unique<SingleCommunicator>();
+    ncclUniqueId id{};
+    if (group->rank() == 0) NCCL_CHECK(get_unique_id(&id));
+    group->broadcast(&id, sizeof id, 0);
+    const Watch::Waiting waiting(world.watch(), "NCCL's start");
+    return std::make_unique<NcclCommunicator>(group->rank(), group->size(), id, options);
+}
+
+#endif
