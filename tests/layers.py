@@ -2,7 +2,7 @@
 """Proves the dependency directions from the includes, and a few rules that a grep can prove.
 
     train_gpt_fp8.cu -> trainer/run -> trainer -> kernels -> kernels/common        trainer/run -> data -> kernels/common/check.h
-    operations never include each other; dev/ and tests/ may include everything and nothing includes them;
+    operations never include each other, and what is in kernels/NAME/ is that operation's own; dev/ and tests/ may include everything and nothing includes them;
     trainer/reference never touches a kernel; trainer/distributed knows bytes and ranks, never layers; format constants stand in kernels/common/dtype.h alone.
 """
 import pathlib
@@ -41,6 +41,8 @@ def operation(name):
 
 def allowed(include, own, rule):
     if any(include.startswith(prefix[len("NOT "):]) for prefix in rule if prefix.startswith("NOT ")):
+        return False
+    if re.match(r"kernels/(?!common/)[^/]+/", include) and operation(include) != own:
         return False
     return any(operation(include) == own if prefix == "SELF" else include.startswith(prefix) for prefix in rule)
 
