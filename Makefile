@@ -17,6 +17,8 @@ PYTHON ?= python3
 INCLUDES := -I. -isystem deps/include
 WARNINGS := -Wall -Wextra -Wno-missing-field-initializers -Werror
 OPTIMIZE ?= -O3
+# wgmma and setmaxnreg exist in sm_90a alone; sm_90 would compile Hopper's kernels to nothing.
+$(if $(filter 90,$(ARCH)),$(error ARCH=90: Hopper GPUs are built for as ARCH=90a))
 DEFINES := -DTRAIN_GPT_ARCH=$(patsubst %a,%,$(ARCH))
 CXXFLAGS = -std=c++20 $(DEFINES) $(OPTIMIZE) -g1 -fPIC -fopenmp $(WARNINGS) $(INCLUDES) -isystem $(CUDA)/include $(EXTRA_CXXFLAGS)
 # A spill is an error, but for sm_120: there the attention of head dimension 128 spills 8 bytes.
@@ -108,8 +110,10 @@ $(BUILD)/dev/%: $(BUILD)/dev/%.o $$(call dev_parts,$$*) $(DEV_COMMON) \
 $(BUILD)/tests/host/%: $(BUILD)/tests/host/%.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS) -lgtest -lgtest_main
 
+# ptxas tells of wgmmas that it serialized, and of a setmaxnreg that it ignored, as information (C75xx): here an error.
 $(BUILD)/%.o: %.cu | deps-check
-	@mkdir -p $(@D) && echo "  nvcc $<" && $(CCACHE) $(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
+	@mkdir -p $(@D) && echo "  nvcc $<" && $(CCACHE) $(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@ 2>$@.err; \
+	  status=$$?; cat $@.err >&2; grep -q '(C75[0-9][0-9])' $@.err && status=1; rm -f $@.err; [ $$status = 0 ] || { rm -f $@; exit 1; }
 $(BUILD)/%.o: %.cpp | deps-check
 	@mkdir -p $(@D) && echo "  c++  $<" && $(CCACHE) $(CXX) $(CXXFLAGS) -MMD -MP -MF $(@:.o=.d) -MT $@ -c $< -o $@
 .SECONDARY:

@@ -406,11 +406,14 @@ class Consumer {
     __device__ __forceinline__ uint32_t my_q() const { return team.q(q_ring.stage, consumer); }
     __device__ __forceinline__ void wait_k() const { ptx::mbarrier_wait(team.k_full(k_ring.stage), k_ring.parity); }
     __device__ __forceinline__ void wait_v() const { ptx::mbarrier_wait(team.v_full(v_ring.stage), v_ring.parity); }
+    // __syncwarp: no lane may still be waiting for the phase that the arrival lets pass.
     __device__ __forceinline__ void release_k() {
+        __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(team.k_empty(k_ring.stage));
         k_ring.next();
     }
     __device__ __forceinline__ void release_v() {
+        __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(team.v_empty(v_ring.stage));
         v_ring.next();
     }

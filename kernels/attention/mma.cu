@@ -25,6 +25,7 @@
 #include "kernels/attention/backends.h"
 #include "kernels/common/cuda_check.h"
 #include "kernels/common/device.cuh"
+#include "kernels/common/ptx.cuh"
 
 namespace {
 
@@ -64,9 +65,7 @@ constexpr TileShape backward_key_tile(int dim) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// PTX
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// PTX of GPUs before Hopper
 
 // Copies kBytes, or writes zeros if !valid: then nothing is read, and the source may point past the data.
 template <int kBytes>
@@ -80,19 +79,6 @@ __device__ __forceinline__ void cp_async(uint32_t destination, const void* sourc
 }
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // d (16x8) = a (16x16) b (16x8) + c. Of lane 4g+t: c, d = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}; a holds, two
 // columns a register, (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); b rows (2t, 2t+1) and (2t+8, 2t+9) of column g.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -101,13 +87,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
         "{%10, %11, %12, %13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
-// 2^x within 2 ulp, one instruction; exp2f without fast-math adds four to keep denormal results, which P does not need.
-__device__ __forceinline__ float exp2_flushed(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +151,7 @@ struct RowOperand {
 #pragma unroll
             for (int m = 0; m < kTile.m_tiles; ++m)
 #pragma unroll
-                for (int k = 0; k < kDim / 16; ++k) ldmatrix(held[m][k], lane.at(tile, m * 16, k * 2));
+                for (int k = 0; k < kDim / 16; ++k) ptx::ldmatrix(held[m][k], lane.at(tile, m * 16, k * 2));
     }
     __device__ void get(uint32_t (&a)[kTile.m_tiles][4], int k) const {
 #pragma unroll
@@ -181,7 +160,7 @@ struct RowOperand {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) a[m][i] = held[m][k][i];
             } else {
-                ldmatrix(a[m], lane.at(tile, m * 16, k * 2));
+                ptx::ldmatrix(a[m], lane.at(tile, m * 16, k * 2));
             }
         }
     }
@@ -200,7 +179,7 @@ __device__ __forceinline__ void multiply_transposed(float (&product)[kTile.m_til
 #pragma unroll
         for (int n = 0; n < kN8; n += 2) {
             uint32_t b[4];
-            ldmatrix(b, lane.at(tile, n * 8, k * 2));
+            ptx::ldmatrix(b, lane.at(tile, n * 8, k * 2));
 #pragma unroll
             for (int m = 0; m < kTile.m_tiles; ++m) {
                 mma(product[m][n], a[m], b[0], b[1], k == 0 ? kZeros : product[m][n]);
@@ -228,7 +207,7 @@ __device__ __forceinline__ void multiply_add(float (&sum)[kM][kOut8][4], const f
 #pragma unroll
         for (int out = 0; out < kOut8; out += 2) {
             uint32_t b[4];
-            ldmatrix_transposed(b, lane.at(tile, n * 8, out));
+            ptx::ldmatrix_transposed(b, lane.at(tile, n * 8, out));
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 mma(sum[m][out], a[m], b[0], b[1], sum[m][out]);
@@ -311,7 +290,7 @@ __global__ __launch_bounds__(kThreads, 2) void forward_kernel(const AttentionFor
     constexpr TileShape kTile = forward_tile(kDim);
     constexpr int kRows = kTile.rows(), kColumns = kTile.columns, kM = kTile.m_tiles;
     extern __shared__ __align__(128) char shared[];
-    const uint32_t rows_tile = shared_address(shared), stages = rows_tile + tile_bytes<kDim>(kRows);
+    const uint32_t rows_tile = ptx::shared_address(shared), stages = rows_tile + tile_bytes<kDim>(kRows);
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 
     // Which rows of which head
@@ -376,7 +355,7 @@ __global__ __launch_bounds__(kThreads, 2) void forward_kernel(const AttentionFor
                 top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
                 const float old_shift = shift[m][half];
                 shift[m][half] = fmaxf(old_shift, top * to_log2);
-                const float decay = exp2_flushed(old_shift - shift[m][half]);
+                const float decay = exp2_approx(old_shift - shift[m][half]);
                 row_sum[m][half] *= decay;
 #pragma unroll
                 for (int n = 0; n < kDim / 8; ++n)
@@ -384,7 +363,7 @@ __global__ __launch_bounds__(kThreads, 2) void forward_kernel(const AttentionFor
                     for (int i = 0; i < 2; ++i) out[m][n][2 * half + i] *= decay;
             }
         for_each(s, [&](float& x, int m, int, int i) {
-            x = exp2_flushed(fmaf(x, to_log2, -shift[m][i / 2]));
+            x = exp2_approx(fmaf(x, to_log2, -shift[m][i / 2]));
             row_sum[m][i / 2] += x;
         });
         multiply_add(out, s, k_tile + tile_bytes<kDim>(kColumns), v_lane);
@@ -457,7 +436,7 @@ __global__ __launch_bounds__(kThreads, 2) void backward_kernel(const AttentionBa
     constexpr int kStageBytes = tile_bytes<kDim>(2 * kColumns), kOutDim = kDim / kTile.slices;
     static_assert(kRows % kColumns == 0 && kColumns % kStep == 0);
     extern __shared__ __align__(128) char shared[];
-    const uint32_t rows_tile = shared_address(shared), stages = rows_tile + tile_bytes<kDim>(2 * kRows);
+    const uint32_t rows_tile = ptx::shared_address(shared), stages = rows_tile + tile_bytes<kDim>(2 * kRows);
     char* const column_terms = shared + tile_bytes<kDim>(2 * kRows) + 2 * kStageBytes;  // QueryTerms[2][kColumns]
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 
@@ -486,7 +465,7 @@ __global__ __launch_bounds__(kThreads, 2) void backward_kernel(const AttentionBa
         if (kKeys && threadIdx.x < kColumns) {
             const int column = column0 + threadIdx.x;
             cp_async<sizeof(QueryTerms)>(
-                shared_address(column_terms) + (visit % 2 * kColumns + threadIdx.x) * sizeof(QueryTerms),
+                ptx::shared_address(column_terms) + (visit % 2 * kColumns + threadIdx.x) * sizeof(QueryTerms),
                 terms + int64_t(head) * T + column, column < T);
         }
     };
@@ -551,7 +530,7 @@ __global__ __launch_bounds__(kThreads, 2) void backward_kernel(const AttentionBa
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const QueryTerms query = kKeys ? of_columns[i % 2] : row_terms[m][i / 2];
-                        prob[m][n][i] = exp2_flushed(fmaf(prob[m][n][i], to_log2, -query.lse_log2));
+                        prob[m][n][i] = exp2_approx(fmaf(prob[m][n][i], to_log2, -query.lse_log2));
                         d_s[m][n][i] = prob[m][n][i] * (d_s[m][n][i] - query.delta);
                     }
             }
