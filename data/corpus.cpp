@@ -63,6 +63,7 @@ class FolderSearch {
         std::sort(files_.begin(), files_.end(), [](const SourceFile& a, const SourceFile& b) { return a.name < b.name; });
         return std::move(files_);
     }
+    int64_t left_out() const { return left_out_; }
 
   private:
     // `open_` holds the real paths of the folders from the root to here: a link back to one of them is a cycle.
@@ -83,7 +84,10 @@ class FolderSearch {
         const std::string unpacked(without_compression_suffix(lower_case(entry.path().filename().string())));
         std::string extension = fs::path(unpacked).extension().string();
         if (extension.starts_with('.')) extension.erase(0, 1);
-        if (!extensions_.contains(extension)) return;
+        if (!extensions_.contains(extension)) {
+            ++left_out_;
+            return;
+        }
         files_.push_back({entry.path().string(), entry.path().lexically_relative(root_).generic_string(),
                           static_cast<int64_t>(entry.file_size())});
     }
@@ -92,6 +96,7 @@ class FolderSearch {
     const std::set<std::string>& extensions_;
     std::set<std::string> open_;
     std::vector<SourceFile> files_;
+    int64_t left_out_ = 0;
 };
 
 }  // namespace
@@ -108,7 +113,7 @@ std::set<std::string> parse_extensions(const std::string& list) {
     return extensions;
 }
 
-std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs, const std::set<std::string>& extensions) {
+std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs, const std::set<std::string>& extensions, int64_t* left_out) {
     std::vector<SourceFile> files;
     std::set<std::string> taken;
     const auto add = [&](SourceFile file) {
@@ -117,7 +122,9 @@ std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs
     for (const std::string& input : inputs) {
         REQUIRE(fs::exists(input), "%s: no such file or folder", input.c_str());
         if (fs::is_directory(input)) {
-            for (SourceFile& file : FolderSearch(input, extensions).run()) add(std::move(file));
+            FolderSearch search(input, extensions);
+            for (SourceFile& file : search.run()) add(std::move(file));
+            if (left_out) *left_out += search.left_out();
         } else {
             REQUIRE(fs::is_regular_file(input), "%s: is neither a file nor a folder", input.c_str());
             add({input, fs::path(input).filename().string(), static_cast<int64_t>(fs::file_size(input))});

@@ -22,7 +22,8 @@ extern const char* const kTextExtensions;
 // The files of the inputs, input by input, each folder's in byte order of their names. A folder is searched recursively
 // through symbolic links, for the given extensions (before a .gz or .zst), without hidden files and folders; a file named as
 // an input is taken whatever its extension. A file that is reached twice is taken once. Throws Error when an input does not exist.
-std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs, const std::set<std::string>& extensions);
+// `left_out`, if given, is raised by the number of files of other extensions.
+std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs, const std::set<std::string>& extensions, int64_t* left_out = nullptr);
 
 // A NUL byte in the first 4 KiB: no text file has one (UTF-16 has; it would have to be converted first).
 bool is_binary(std::string_view bytes);

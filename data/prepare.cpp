@@ -86,6 +86,9 @@ void print_summary(const CommandLine& line, const PrepareSummary& summary, doubl
     std::printf("files | %lld taken | skipped: %lld binary, %lld empty, %lld duplicates\n",
                 static_cast<long long>(summary.files), static_cast<long long>(summary.binary_files),
                 static_cast<long long>(summary.empty_files), static_cast<long long>(summary.duplicate_files));
+    if (summary.other_files > 0)
+        std::printf("other | %lld files of other extensions were left out; --extensions LIST or naming a file takes them\n",
+                    static_cast<long long>(summary.other_files));
     if (summary.bad_lines > 0) std::printf("lines | %lld without a text skipped\n", static_cast<long long>(summary.bad_lines));
     print_split("train", summary.train);
     print_split("val", summary.val);

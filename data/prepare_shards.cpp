@@ -283,7 +283,8 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
             static_cast<long long>(options.shard_tokens));
     REQUIRE(options.separator.size() <= 4096, "--document-separator: %zu bytes, must be at most 4096", options.separator.size());
     REQUIRE(options.threads >= 1 && options.threads <= 1024, "--threads %d: must be 1 to 1024", options.threads);
-    const auto files = find_source_files(options.inputs, parse_extensions(options.extensions));
+    int64_t other_files = 0;
+    const auto files = find_source_files(options.inputs, parse_extensions(options.extensions), &other_files);
     REQUIRE(!files.empty(), "%s%s: no files with the extensions %s", options.inputs[0].c_str(),
             options.inputs.size() > 1 ? " and the other inputs" : "", options.extensions.c_str());
 
@@ -294,7 +295,8 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
 
     Preparation preparation(options, tokenizer);
     preparation.add_files(files);
-    const PrepareSummary summary = preparation.finish();
+    PrepareSummary summary = preparation.finish();
+    summary.other_files = other_files;
     for (const fs::path& old : earlier_output(options.out)) fs::remove(old);
     preparation.publish();
     write_meta(options, tokenizer, summary);  // last: its presence says that the folder is complete

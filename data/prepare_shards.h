@@ -32,6 +32,7 @@ struct SplitCounts {
 struct PrepareSummary {
     int64_t files = 0;  // taken; the next three were not
     int64_t binary_files = 0, empty_files = 0, duplicate_files = 0;
+    int64_t other_files = 0;  // in folders, of extensions that were not asked for
     int64_t bad_lines = 0;  // left out of .jsonl files
     SplitCounts train, val;
     // Nats per symbol of the validation split's frequencies, 0 without one: over tokens it is the loss of a model that

@@ -150,12 +150,14 @@ TEST(Prepare, PutsEndOfTextBeforeEachDocument) {
     write_text(folder / "in/d.txt", std::string("bin\0ary", 7));
     write_text(folder / "in/e.txt", "first");
     write_text(folder / "in/f.txt", std::string(4096, 'x') + '\0');
+    write_text(folder / "in/g.1.2", "left out by its name");
     const PrepareSummary summary = prepare(options_for(folder / "in", folder / "out"));
     EXPECT_EQ(text_of(folder / "out", "train"), "|first|second|" + std::string(4096, 'x') + '\0');
     EXPECT_EQ(summary.files, 3);
     EXPECT_EQ(summary.empty_files, 1);
     EXPECT_EQ(summary.binary_files, 1);
     EXPECT_EQ(summary.duplicate_files, 1);
+    EXPECT_EQ(summary.other_files, 1);
     EXPECT_EQ(summary.train.documents, 3);
     EXPECT_EQ(summary.train.bytes, 5 + 6 + 4097);
     EXPECT_EQ(summary.train.tokens, summary.train.bytes + 3);

@@ -37,7 +37,7 @@ std::unique_ptr<Engine> make_engine(const Config& config, const EngineOptions& o
     const std::string obstacle = gpu_obstacle();
     if (obstacle.empty()) return make_gpu_engine(options);
     REQUIRE(config.device == "auto", "--device gpu: %s", obstacle.c_str());
-    std::printf("no usable GPU (%s): using the reference device, slow and meant for small models\n", obstacle.c_str());
+    std::fprintf(stderr, "no usable GPU (%s): using the reference device, slow and meant for small models\n", obstacle.c_str());
     return make_reference_engine(options);
 }
 
@@ -133,6 +133,9 @@ void print_start(const Started& s) {
     const double epochs = double(config.steps) * double(train.samples_per_step()) / double(train.samples_per_epoch());
     std::printf("step    %lld tokens = %d micro-batches of %d x %d; %lld steps, %.2f epochs\n", ll(config.global_batch_tokens),
                 config.micro_batches_per_step(), config.micro_batch, m.seq_len, ll(config.steps), epochs);
+    const double step_flops = flops_per_token(m, m.seq_len).total() * double(config.global_batch_tokens);
+    if (engine.device_name() == "CPU reference" && step_flops > 1e11)
+        std::printf("note    the reference device may need minutes for a step of %.2f TFLOP: take a smaller --global-batch-tokens or --model\n", step_flops / 1e12);
     std::printf("memory\n%s", format_memory_table(engine.memory_table()).c_str());
     if (start.resumed_from.empty()) std::printf("start   random weights, seed %llu\n", (unsigned long long)config.seed);
     else std::printf("start   step %lld of %s\n", ll(start.state.step), start.resumed_from.c_str());
