@@ -1,6 +1,7 @@
 """Tests of the tool that writes tests/gpu_report: its parts, perf floors."""
 import json
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -32,7 +33,8 @@ def test_floors_decide():
     good = [kernel("4x4", of_ceiling=0.8), kernel("8x8", us=10.0)]
     assert statuses("k", "Card", good) == ["pass", "pass"]
     assert statuses("k", "Card", [kernel("4x4", of_ceiling=0.799), kernel("8x8", us=10.1)]) == ["fail", "fail"]
-    assert statuses("k", "Another card", good) == []
+    assert statuses("k", "Another card", good) == ["skip"]
+    assert statuses("unguarded", "Another card", good) == []
     assert statuses("other", "Card", good) == ["fail"], "0.8 is below 0.99"
 
 
@@ -98,3 +100,11 @@ def test_parts_run_apart_and_go_stale_together():
             assert report.staleness(entry) == "its benchmarks have not run", "a part of other sources is not kept"
         finally:
             report.FOLDER, report.closure = folder, closure
+
+
+def test_the_trainer_is_what_the_makefile_links():
+    """A report whose hash leaves out an object would not go stale when that object's source changes."""
+    printed = subprocess.run(["make", "-s", "-f", "Makefile", "--eval", "objects: ; @echo $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)", "objects"],
+                             cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    linked = {word.split("/", 2)[2].removesuffix(".o") for word in printed if word.endswith(".o")}
+    assert set(report.library_objects()) == linked, set(report.library_objects()) ^ linked

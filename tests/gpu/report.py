@@ -60,8 +60,9 @@ def train_command(model, micro_batch, tokens, recipe, *more):
 
 
 def library_objects():
-    """Everything that the trainer links, as paths of .d files relative to the build folder without suffix."""
-    return [name for folder in ("kernels", "kernels/*", "trainer", "trainer/reference", "data") for name in objects_in(folder) if name != "data/prepare"]
+    """Everything that the trainer links (the Makefile's list), as paths of .d files relative to the build folder without suffix."""
+    folders = ("kernels", "kernels/*", "trainer", "trainer/reference", "trainer/run", "trainer/distributed", "data")
+    return [name for folder in folders for name in objects_in(folder) if name not in ("data/prepare", "data/inspect")]
 
 
 def objects_in(folder):
@@ -256,11 +257,17 @@ def run(entry, header, parts):
     return failed == 0
 
 
+def failures(entry, report):
+    """Names of what failed, by the floors of today."""
+    own = [test for test in report["tests"] if not test["name"].startswith("floor: ")]
+    return [test["name"] for test in own + floors.tests(entry.name, report["device"], report["bench"]) if test["status"] == "fail"]
+
+
 def check(chosen):
     outdated = 0
     for entry in chosen:
         reason = staleness(entry)
-        failed = [] if reason else [t["name"] for t in json.loads(entry.path.read_text())["tests"] if t["status"] == "fail"]
+        failed = [] if reason else failures(entry, json.loads(entry.path.read_text()))
         outdated += bool(reason or failed)
         print(f"{entry.name}: {reason or ('FAILED: ' + ', '.join(failed[:5]) if failed else 'up to date')}")
     known = {entry.path.name for entry in entries().values()}
