@@ -157,6 +157,11 @@ run: all shards/cuda_headers/meta.json
 # ----------------------------------------------------------------------------------------------------------------------
 # Proof
 
+# Every option with its default, from the program itself; a test checks that the file is current.
+.PHONY: options
+options: train_gpt_fp8
+	./train_gpt_fp8 --help-markdown > OPTIONS.md
+
 .PHONY: test plot layers attention-archs gpu-report gpu-report-check learning mutants
 # libgomp's threads spin at barriers by default, which is ruinous when another program holds a core.
 test run: export OMP_WAIT_POLICY ?= passive
@@ -187,7 +192,7 @@ mutants: all
 # Required libraries that the system lacks (Debian packages), and the headers of cudnn-frontend (a Python package), unpacked
 # into deps/, which can travel to a machine without network
 
-DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev gtest/gtest.h:libgtest-dev \
+DEPS := CLI/CLI.hpp:libcli11-dev nlohmann/json.hpp:nlohmann-json3-dev pcre2.h:libpcre2-dev toml++/toml.h:libtomlplusplus-dev gtest/gtest.h:libgtest-dev \
         zlib.h:zlib1g-dev zstd.h:libzstd-dev
 MISSING_DEPS = $(strip $(foreach d,$(DEPS),$(if $(wildcard /usr/include/$(firstword $(subst :, ,$d)) deps/include/$(firstword $(subst :, ,$d))),,$d)))
 .PHONY: deps deps-check cudnn-frontend

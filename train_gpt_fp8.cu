@@ -21,10 +21,13 @@
 #include "trainer/run/checkpoint_modes.h"
 #include "trainer/run/choices.h"
 #include "trainer/run/evaluation.h"
+#include "trainer/run/micro_batch.h"
+#include "trainer/run/plan.h"
 #include "trainer/run/profiled_steps.h"
 #include "trainer/run/samples.h"
 #include "trainer/run/start.h"
 #include "trainer/run/training_loop.h"
+#include "trainer/run/verify.h"
 
 namespace {
 
@@ -53,6 +56,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
     print_start({config, *engine, list, data, start, world});
 
     RunLog log(log_options(config, *engine, start.state.step, world), record);
+    if (world.rank() == 0) save_configuration(config);
     std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
     stop_on_signals();
     TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log,
@@ -70,9 +74,11 @@ void run(int argc, char** argv) {
     } catch (const Error& error) {
         bad_options = std::make_unique<Error>(error);
     }
-    if (!bad_options && config.print_config) {
-        std::fputs(to_toml(config).c_str(), stdout);
-        return;
+    if (!bad_options) {  // these concern no other rank
+        if (config.print_config) return void(std::fputs(to_toml(config).c_str(), stdout));
+        if (config.help_markdown) return void(std::fputs(options_markdown().c_str(), stdout));
+        if (config.dry_run) return dry_run(config);
+        if (config.verify) return verify(config);
     }
     World world(find_launch([](const char* name) -> const char* { return std::getenv(name); }), config.timeout);
     try {
@@ -81,6 +87,8 @@ void run(int argc, char** argv) {
         REQUIRE(world.alone() || !of_checkpoint, "--generate and --evaluate run on one rank: start one process");
         if (!config.generate.empty()) return generate_from_checkpoint(config);
         if (!config.evaluate.empty()) return evaluate_checkpoint(config);
+        REQUIRE(world.alone() || config.micro_batch > 0, "--micro-batch auto: measures on one rank; give %d ranks a number", world.size());
+        config = choose_micro_batch(config);
         agree(world, config);
         if (world.rank() != 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");
         train(config, world, run_record(config, make_parameters(config.model_spec()), argc, argv), program_start);

@@ -221,8 +221,14 @@ Workspace workspace_of(int64_t n, int C, int V) {
     Workspace w{};
     const uint32_t* keys = nullptr;
     const int* values = nullptr;
-    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, w.sort_bytes, keys, const_cast<uint32_t*>(keys), values,
-                                               const_cast<int*>(values), static_cast<int>(n), 0, token_bits(V)));
+    int device;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+        CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, w.sort_bytes, keys, const_cast<uint32_t*>(keys), values,
+                                                   const_cast<int*>(values), static_cast<int>(n), 0, token_bits(V)));
+    } else {  // a plan on a machine without a GPU: a second copy of keys and values, and histograms
+        cudaGetLastError();
+        w.sort_bytes = static_cast<size_t>(n) * (sizeof(uint32_t) + sizeof(int)) + (size_t(1) << 20);
+    }
     const auto place = [&](size_t bytes) {
         const size_t at = w.bytes;
         w.bytes += static_cast<size_t>(ceil_div(static_cast<int64_t>(bytes), 256) * 256);

@@ -1,11 +1,17 @@
 """Tests of the program as a user runs it, on the reference device: learning, resuming, refusing."""
+import contextlib
 import json
 import math
 import os
 import pathlib
+import random
+import resource
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARDS = ROOT / "shards" / "cuda_headers"
@@ -27,6 +33,10 @@ def records(out, kind):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
+class Skipped(Exception):
+    """This machine cannot run the test; the text says why."""
+
+
 class Scratch:
     """A folder that is gone afterwards."""
 
@@ -41,6 +51,21 @@ class Scratch:
 def checkpoint_bytes(out, step):
     folder = out / f"step_{step:06d}"
     return {f: (folder / f).read_bytes() for f in ("params.safetensors", "adam.safetensors")}
+
+
+def test_table_of_options_is_current():
+    assert (ROOT / "OPTIONS.md").read_text() == train("--help-markdown").stdout, "OPTIONS.md is stale: make options"
+
+
+def test_a_run_from_a_file_saves_its_configuration():
+    with Scratch() as out:
+        text = "".join(f'{a.removeprefix("--")} = {b if b[0].isdigit() else json.dumps(b)}\n' for a, b in zip(TINY[::2], TINY[1::2]))
+        (out / "run.toml").write_text(text)
+        done = train("--config", str(out / "run.toml"), "--steps", "2", "--out", str(out / "a # b"))
+        assert (out / "a # b" / "config.toml").read_text() == records(out / "a # b", "run")[0]["config"]
+        assert f'out = "{out}/a # b"' in done.stdout, done.stdout
+        train("--config", str(out / "a # b" / "config.toml"), "--out", str(out / "again"))
+        assert checkpoint_bytes(out / "a # b", 2) == checkpoint_bytes(out / "again", 2)
 
 
 def test_learns_and_resumes_with_the_same_bits():
@@ -225,3 +250,234 @@ def test_cudnn_is_not_linked():
     """It is opened when --attention cudnn asks for it, so that a machine without it runs everything else."""
     needed = subprocess.run(["readelf", "-d", str(program())], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" in needed and "cudnn" not in needed, needed
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modes
+
+
+def test_verify_and_dry_run():
+    done = train("--verify", "--device", "cpu")
+    assert "linears 48 of 49 in FP8" in done.stdout and "verify: ok" in done.stdout, done.stdout
+    assert "twice the same bits" in done.stdout or "equal bits" in done.stdout, done.stdout
+    done = train("--dry-run", "--model", "gpt2-1558M", "--micro-batch", "16")
+    for part in ("1557611200 parameters", "master weights (FP32)", "mlp.c_fc (6400 x 1600, 48 blocks)", "FP8", "a step,"):
+        assert part in done.stdout, f"{part}: {done.stdout}"
+    done = train(*TINY, "--dry-run")
+    assert "measured on one micro-batch" in done.stdout and "tokens in 1 shards" in done.stdout, done.stdout
+
+
+def test_micro_batch_auto_is_recorded_and_kept():
+    with Scratch() as out:
+        common = [*TINY, "--micro-batch", "auto", "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto"]
+        first = train(*common, "--steps", "2").stdout
+        config = (out / "run" / "config.toml").read_text()
+        chosen = [line for line in config.splitlines() if line.startswith("micro-batch = ")][0].split()[-1]
+        assert chosen in ("8", "4", "2", "1") and f"micro-batch auto: {chosen}\n" in first, first + config
+        assert f"micro-batch auto: {chosen}, as in checkpoint" in train(*common, "--steps", "3").stdout
+        other = "2" if chosen != "2" else "4"
+        done = train(*TINY, "--micro-batch", other, "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto", "--steps", "4")
+        assert f"was trained with --micro-batch {chosen} and goes on with {other}" in done.stdout, done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that are disturbed
+
+
+def complete_checkpoints(out):
+    return sorted(int(p.parent.name.removeprefix("step_")) for p in out.glob("step_*/checkpoint.json"))
+
+
+def kill_at_random_moments(kills, steps=30):
+    """kill -9 at random moments of runs that save every step; each goes on from its newest checkpoint to the same bits."""
+    command = [str(program()), *TINY, "--recipe", "tensorwise", "--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "1", "--keep", "2"]
+    with Scratch() as out:
+        start = time.monotonic()
+        train(*command[1:], "--out", str(out / "whole"))
+        whole_s = time.monotonic() - start
+        expected = checkpoint_bytes(out / "whole", steps)
+        done, run = 0, 0
+        while done < kills:
+            folder = out / f"run{run}"
+            run += 1
+            finished = False
+            while not finished:
+                process = subprocess.Popen([*command, "--out", str(folder), "--resume", "auto"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                           stderr=subprocess.PIPE, text=True)
+                if done < kills:
+                    try:
+                        process.wait(random.uniform(0, 0.6 * whole_s))
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        done += 1
+                error = process.communicate(timeout=300)[1]
+                was_done = process.returncode == 1 and "nothing to do" in error  # killed between its last save and its end
+                assert process.returncode in (0, -9) or was_done, f"after {done} kills: exit status {process.returncode}: {error}"
+                finished = process.returncode == 0 or was_done
+            assert checkpoint_bytes(folder, steps) == expected, f"run {run} after {done} kills ends with other bits"
+            logged = [r["step"] for r in records(folder, "step")]
+            assert logged == list(range(1, steps + 1)), f"the log holds steps {logged}"
+            shutil.rmtree(folder)
+        return done, run
+
+
+def test_kill_at_random_moments():
+    kill_at_random_moments(int(os.environ.get("KILLS", "6")))
+
+
+class SmallDisk:
+    """A file system of a few megabytes."""
+
+    def __init__(self, megabytes):
+        self.size = megabytes
+
+    def __enter__(self):
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="train_gpt_fp8_disk_"))
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}m", "tmpfs", str(self.path)], capture_output=True, text=True)
+        if made.returncode != 0:
+            self.path.rmdir()
+            raise Skipped(f"cannot mount a small file system here: {made.stderr.strip()}")
+        return self
+
+    def remount(self, mode):
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+        self.path.rmdir()
+
+
+class Running:
+    """A run whose output is read line by line."""
+
+    def __init__(self, *options):
+        self.lines = []
+        self.process = subprocess.Popen([str(program()), *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def wait_for(self, *texts, limit_s=120):
+        """Until each of the texts has been seen from now on, in any order."""
+        missing = set(texts)
+        timer = threading.Timer(limit_s, self.process.kill)
+        timer.start()
+        for line in self.process.stdout:
+            self.lines.append(line)
+            missing = {text for text in missing if text not in line}
+            if not missing:
+                break
+        timer.cancel()
+        assert not missing, f"ended without {missing}: {''.join(self.lines[-20:])}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    @contextlib.contextmanager
+    def held(self):
+        """The process stands still."""
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)
+        yield
+        self.process.send_signal(signal.SIGCONT)
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.lines += self.process.communicate(timeout=120)[0].splitlines(True)
+        return self.process.returncode
+
+
+def fill(file):
+    with open(file, "ab", buffering=0) as stream:
+        for size in (65536, 4096, 1):
+            try:
+                while stream.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                pass
+
+
+def full_disk_and_back(run, out, filler):
+    """Saves fail while the disk is full, and succeed when it has room again."""
+    run.wait_for("saved /")
+    for _ in range(4):  # a save that fails in the middle frees what it had taken
+        with run.held():
+            fill(filler)
+        time.sleep(0.2)
+    run.wait_for("training goes on, the newest checkpoint is", "its lines wait in memory")
+    with run.held():
+        assert complete_checkpoints(out), "a failing save took the checkpoint before it"
+        filler.unlink()
+    run.wait_for("nothing was lost", "saved /")
+
+
+def test_a_full_disk_leaves_the_run_alive_and_a_read_only_one_is_refused():
+    with SmallDisk(6) as disk:
+        out = disk.path / "run"
+        options = [*TINY, "--eval-every", "0", "--keep", "1", "--out", str(out)]
+        with Running(*options, "--steps", "1000000", "--checkpoint-every", "5") as run:
+            full_disk_and_back(run, out, disk.path / "filler")
+            status = run.stop()
+            assert status == 0, f"exit status {status}: {''.join(run.lines[-10:])}"
+        steps = [r["step"] for r in records(out, "step")]
+        assert steps == list(range(1, steps[-1] + 1)), "the log lost or doubled steps"
+        assert complete_checkpoints(out)[-1] == steps[-1]
+        train(*options, "--steps", str(steps[-1] + 1), "--resume", "auto", "--checkpoint-every", "0")
+        disk.remount("ro")
+        for more, mention in ((["--out", str(disk.path / "new")], "--out"), (["--resume", "auto", "--steps", "1000000"], "log.jsonl")):
+            done = train(*options, *more, ok=False)
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 1 and mention in lines[0], done.stderr
+        disk.remount("rw")
+
+
+def test_a_save_that_fails_halfway_loses_nothing():
+    """The limit lets params.safetensors through and stops adam.safetensors in its middle."""
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto", "--checkpoint-every", "2"]
+        train(*common, "--steps", "2")
+        before = checkpoint_bytes(out / "run", 2)
+        done = subprocess.run([str(program()), *common, "--steps", "6"], cwd=ROOT, capture_output=True, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700000, 700000)))
+        errors = done.stderr.strip().splitlines()
+        assert done.returncode == 1 and "step 6/6" in done.stdout, done.stdout[-500:] + done.stderr
+        assert [e.split(":")[0] for e in errors] == ["warning", "error"] and "adam.safetensors" in errors[0] and "step_000002" in errors[0], done.stderr
+        assert checkpoint_bytes(out / "run", 2) == before and complete_checkpoints(out / "run") == [2]
+        assert not list((out / "run").glob(".step*")), "a failed save left files"
+        train(*common, "--steps", "6")
+
+
+def test_damaged_checkpoints_are_one_clear_line():
+    with Scratch() as out:
+        run = out / "run"
+        train(*TINY, "--steps", "4", "--eval-every", "0", "--checkpoint-every", "2", "--keep", "0", "--out", str(run))
+        good = shutil.copytree(run / "step_000004", out / "good")
+        header = json.loads((good / "checkpoint.json").read_text())
+
+        def damage(name, change):
+            file = run / "step_000004" / name
+            file.write_bytes(change(file.read_bytes()))
+
+        cases = [
+            (lambda: damage("params.safetensors", lambda b: b[:-4]), "params.safetensors", True),
+            (lambda: damage("adam.safetensors", lambda b: b"\xff" * 16 + b[16:]), "adam.safetensors", False),
+            (lambda: damage("checkpoint.json", lambda b: b[:100]), "checkpoint.json", True),
+            (lambda: damage("checkpoint.json", lambda b: b""), "checkpoint.json", True),
+            (lambda: damage("checkpoint.json", lambda b: json.dumps({**header, "step": -1}).encode()), "step", True),
+            (lambda: (run / "step_000004" / "adam.safetensors").unlink(), "adam.safetensors", True),
+            (lambda: damage("checkpoint.json", lambda b: json.dumps({**header, "model": {**header["model"], "n_layers": 3}}).encode()), "n-layers", False),
+        ]
+        for change, mention, auto_finds_another in cases:
+            shutil.rmtree(run / "step_000004")
+            shutil.copytree(good, run / "step_000004")
+            change()
+            damaged = {f.name: f.read_bytes() for f in (run / "step_000004").iterdir()}
+            done = train(*TINY, "--steps", "5", "--resume", str(run / "step_000004"), "--out", str(run), ok=False)
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 1 and mention in lines[0], f"{mention}: {done.stderr!r}"
+            assert {f.name: f.read_bytes() for f in (run / "step_000004").iterdir()} == damaged, "an error changed the checkpoint"
+            if auto_finds_another:
+                copy = shutil.copytree(run, out / "copy")
+                assert "step 2 of" in train(*TINY, "--steps", "5", "--eval-every", "0", "--resume", "auto", "--out", str(copy)).stdout
+                shutil.rmtree(copy)

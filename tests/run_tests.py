@@ -63,6 +63,9 @@ def function_tests(tally):
                 getattr(module, name)()
                 tally.add(passed=1)
                 print(f"{what}: {name}: passed")
+            except program_tests.Skipped as reason:
+                tally.add(skipped=1)
+                print(f"{what}: {name}: skipped: {reason}")
             except AssertionError as error:
                 tally.add(failed=1)
                 print(f"{what}: {name}: FAILED: {error}")

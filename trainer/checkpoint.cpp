@@ -57,8 +57,8 @@ void write_text_file(const std::string& path, const std::string& text) {
 void require_space(const std::string& folder, uint64_t bytes) {
     std::error_code unknown;
     const fs::space_info space = fs::space(folder, unknown);
-    REQUIRE(unknown || space.available >= bytes, "%s: needs %.2f GiB of disk, %.2f GiB are free", folder.c_str(),
-            double(bytes) / (1 << 30), double(space.available) / (1 << 30));
+    REQUIRE(unknown || space.available >= bytes, "%s: needs %.1f MiB of disk, %.1f MiB are free", folder.c_str(),
+            double(bytes) / (1 << 20), double(space.available) / (1 << 20));
 }
 
 void rename_path(const std::string& from, const std::string& to) {

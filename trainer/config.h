@@ -20,7 +20,7 @@ struct Config {
     std::string val;    // same; empty: no evaluation
 
     // Batch
-    int micro_batch = 32;                  // sequences
+    int micro_batch = 32;                  // sequences; 0: auto, until choose_micro_batch
     int64_t global_batch_tokens = 524288;  // of one optimizer step
 
     // Training
@@ -71,9 +71,12 @@ struct Config {
     int64_t log_every = 1;
     std::string gemm_cache;     // file of tuned GEMM algorithms; parse_config sets a default, "" on the command line: none
     int64_t profile = 0;        // steps; 0: none
-    std::string generate;       // checkpoint: print samples of it and exit
-    std::string evaluate;       // checkpoint: measure it and exit
-    bool print_config = false;  // print to_toml() and exit
+
+    // Instead of training; at most one
+    std::string generate;  // checkpoint: print samples of it
+    std::string evaluate;  // checkpoint: measure it
+    bool print_config = false;  // print to_toml()
+    bool dry_run = false, verify = false, help_markdown = false;
 
     // What follows from the options.
     ModelSpec model_spec() const;                  // the row with its overrides
@@ -95,3 +98,9 @@ void validate(const Config& config);
 // The resolved configuration as a file for --config. Sizes that the model row decides are comments, so that the file
 // still works with another --model.
 std::string to_toml(const Config& config);
+
+// Puts the values of TOML text into `config`. Throws Error naming `file`, the line, the key and the rule.
+void read_toml(const std::string& text, const std::string& file, Config& config);
+
+// The table of all options, OPTIONS.md.
+std::string options_markdown();

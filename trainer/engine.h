@@ -42,6 +42,13 @@ struct MemoryRow {
 // One row of the precision table: a kind of linear or attention, what it runs in and why so.
 struct LinearRow {
     std::string name, precision, reason;
+    int count = 1;  // linears of the model that the row stands for
+};
+
+// What an engine would be, without making it.
+struct EnginePlan {
+    std::vector<MemoryRow> memory;
+    std::vector<LinearRow> linears;
 };
 
 class Engine {
@@ -85,4 +92,5 @@ class Engine {
 };
 
 std::unique_ptr<Engine> make_gpu_engine(const EngineOptions& options);
+EnginePlan plan_gpu_engine(const EngineOptions& options);  // without a GPU: for an H100
 std::unique_ptr<Engine> make_reference_engine(const EngineOptions& options);

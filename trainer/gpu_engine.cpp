@@ -90,18 +90,58 @@ GpuEngine::~GpuEngine() {
     cudaStreamDestroy(stream_);
 }
 
+namespace {
+
+// The engine's own pointers, apart from the model's.
+struct EnginePointers {
+    ParameterArrays& arrays;
+    float*& m;
+    float*& v;
+    StepState*& state;
+    float*& norm_partials;
+    float*& evaluation_loss;
+    AdamWTensor*& adamw_tensors;
+    QuantizeWeight*& quantized;
+};
+
+void request_all(Arena& arena, const ParameterList& list, const EnginePointers& p, GpuModel& model) {
+    const size_t n = size_t(list.flat_elements);
+    arena.request(p.arrays.params, n, "master weights (FP32)");
+    arena.request(p.arrays.grads, n, "gradients (FP32)");
+    arena.request(p.m, n, "Adam moments (FP32)");
+    arena.request(p.v, n, "Adam moments (FP32)");
+    arena.request(p.state, 1, "step state, tables");
+    arena.request(p.norm_partials, size_t(global_norm_partials()), "step state, tables");
+    arena.request(p.evaluation_loss, 1, "step state, tables");
+    arena.request(p.adamw_tensors, list.all.size(), "step state, tables");
+    arena.request(p.quantized, list.all.size(), "step state, tables");
+    model.request(arena);
+}
+
+std::vector<MemoryRow> memory_rows(const Arena& arena) {
+    std::vector<MemoryRow> rows;
+    for (const Arena::Row& row : arena.table()) rows.push_back({row.what, double(row.bytes)});
+    rows.push_back({"cuBLASLt workspace", double(Gemm::workspace_bytes())});
+    return rows;
+}
+
+}  // namespace
+
+EnginePlan plan_gpu_engine(const EngineOptions& options) {
+    const ParameterList list = make_parameters(options.model);
+    GpuModel model(options, list);
+    Arena arena;
+    ParameterArrays arrays;
+    float *m, *v, *norm_partials, *evaluation_loss;
+    StepState* state;
+    AdamWTensor* adamw_tensors;
+    QuantizeWeight* quantized;
+    request_all(arena, list, {arrays, m, v, state, norm_partials, evaluation_loss, adamw_tensors, quantized}, model);
+    return {memory_rows(arena), model.linear_table()};
+}
+
 void GpuEngine::request_memory() {
-    const size_t n = size_t(list_.flat_elements);
-    arena_.request(arrays_.params, n, "master weights (FP32)");
-    arena_.request(arrays_.grads, n, "gradients (FP32)");
-    arena_.request(m_, n, "Adam moments (FP32)");
-    arena_.request(v_, n, "Adam moments (FP32)");
-    arena_.request(state_, 1, "step state, tables");
-    arena_.request(norm_partials_, size_t(global_norm_partials()), "step state, tables");
-    arena_.request(evaluation_loss_, 1, "step state, tables");
-    arena_.request(adamw_tensors_, list_.all.size(), "step state, tables");
-    arena_.request(quantized_, list_.all.size(), "step state, tables");
-    model_.request(arena_);
+    request_all(arena_, list_, {arrays_, m_, v_, state_, norm_partials_, evaluation_loss_, adamw_tensors_, quantized_}, model_);
 }
 
 void GpuEngine::build_tensor_tables() {
@@ -304,10 +344,7 @@ std::string GpuEngine::device_name() const {
 }
 
 std::vector<MemoryRow> GpuEngine::memory_table() const {
-    std::vector<MemoryRow> rows;
-    for (const Arena::Row& row : arena_.table()) rows.push_back({row.what, double(row.bytes)});
-    rows.push_back({"cuBLASLt workspace", double(Gemm::workspace_bytes())});
-    return rows;
+    return memory_rows(arena_);
 }
 
 std::vector<LinearRow> GpuEngine::linear_table() const { return model_.linear_table(); }

@@ -141,11 +141,11 @@ std::vector<LinearRow> GpuModel::linear_table() const {
     for (int i = 0; i < kLinearsPerBlock; ++i) {  // the blocks are alike
         const Linear& linear = linear_of(blocks_[0], i);
         const std::string size = message("%d x %d, %zu blocks", linear.spec().out, linear.spec().in, blocks_.size());
-        rows.push_back({linear.kind() + (" (" + size + ")"), linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle()});
+        rows.push_back({linear.kind() + (" (" + size + ")"), linear.fp8() ? "FP8" : "BF16", linear.fp8() ? "recipe " + options_.recipe.name : linear.obstacle(), int(blocks_.size())});
     }
     const AttentionChoice attention = blocks_[0].attention_backends();
     rows.push_back({message("attention (forward %s, backward %s)", attention.forward.c_str(), attention.backward.c_str()), "BF16",
-                    attention.reason.empty() ? "--attention " + options_.attention : attention.reason});
+                    attention.reason.empty() ? "--attention " + options_.attention : attention.reason, 0});
     rows.push_back({message("head, tied to wte (%d x %d)", options_.model.vocab_size, options_.model.dim), "BF16", "the head always runs in BF16"});
     return rows;
 }

@@ -666,7 +666,10 @@ std::string hopper_attention_backward_refusal(const AttentionShape& s, const Att
     if (TRAIN_GPT_ARCH != 90) return message("this binary is for sm_%d, not sm_90a", TRAIN_GPT_ARCH);
     static const int capability = [] {
         int device, major, minor;
-        CUDA_CHECK(cudaGetDevice(&device));
+        if (cudaGetDevice(&device) != cudaSuccess) {  // a run is planned where there is no GPU: for an H100
+            cudaGetLastError();
+            return 90;
+        }
         CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
         CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
         return 10 * major + minor;

@@ -54,6 +54,25 @@ TEST(Safetensors, WhatIsWrittenIsRead) {
     EXPECT_EQ(header_bytes % 8, 0u);
 }
 
+TEST(Safetensors, ElementsCanBeWrittenInAnyOrder) {
+    const TempFolder folder;
+    const std::string path = folder / "x.safetensors";
+    SafetensorsWriter writer(path, {{"b", {2, 3}}, {"a", {2}}});
+    const std::vector<float> values = {1, 2, 3, 4};
+    writer.write("a", 1, std::span(values).first(1));
+    writer.write("b", 2, values);
+    writer.write("a", 0, std::span(values).last(1));
+    EXPECT_NE(error_of([&] { writer.publish(); }).find("6 of 8 elements"), std::string::npos);
+    EXPECT_NE(error_of([&] { writer.write("b", 3, values); }).find("elements 3 to 7 of 6"), std::string::npos);
+    EXPECT_NE(error_of([&] { writer.write("c", 0, values); }).find("not of the list"), std::string::npos);
+    writer.write("b", 0, std::span(values).last(2));
+    writer.publish();
+    const SafetensorsReader reader(path);
+    EXPECT_EQ(read_all(reader, "a"), (std::vector<float>{4, 1}));
+    EXPECT_EQ(read_all(reader, "b"), (std::vector<float>{3, 4, 1, 2, 3, 4}));
+    EXPECT_EQ(fs::file_size(path), writer.file_bytes());
+}
+
 TEST(Safetensors, AnUnfinishedWriterLeavesNothing) {
     const TempFolder folder;
     const std::string path = folder / "x.safetensors";
@@ -336,6 +355,31 @@ TEST(Checkpoint, SameStepIsReplacedAndLeftoversGo) {
     const std::string path = run.save(folder.path(), 7);
     EXPECT_EQ(load_checkpoint_info(path).recipe, "bf16");
     EXPECT_EQ(names_in(folder.path()), (Names{".step_notes", "step_000007"}));
+}
+
+// The two renames where folders cannot be exchanged, and a crash between them.
+TEST(Checkpoint, AReplacedOneComesBackAfterACrash) {
+    const TempFolder folder;
+    TinyRun run;
+    run.save(folder.path(), 6);
+    run.save(folder.path(), 7);
+    fs::rename(folder / "step_000007", folder / ".step_000007.replaced");
+    EXPECT_EQ(find_latest(folder.path()), folder / "step_000007");
+    EXPECT_EQ(names_in(folder.path()), (Names{"step_000006", "step_000007"}));
+    fs::rename(folder / "step_000007", folder / ".step_000007.replaced");
+    run.save(folder.path(), 8);  // cleans up what a crash left, but not the only checkpoint of a step
+    EXPECT_EQ(names_in(folder.path()), (Names{"step_000006", "step_000007", "step_000008"}));
+}
+
+TEST(Checkpoint, RecentStepsAreKept) {
+    const TempFolder folder;
+    TinyRun run;
+    run.state.recent = {{120, 1.5f, 0.1f}, {122, 3e-45f, 3.4e38f}};
+    const Checkpoint c = load_checkpoint(run.save(folder.path(), 123), run.list, run.model);
+    ASSERT_EQ(c.state.recent.size(), 2u);
+    EXPECT_EQ(c.state.recent[1].step, 122);
+    EXPECT_EQ(c.state.recent[1].loss, 3e-45f);
+    EXPECT_EQ(c.state.recent[1].grad_norm, 3.4e38f);
 }
 
 TEST(Checkpoint, FailedSaveLeavesNoFolder) {

@@ -105,17 +105,36 @@ TEST(Config, BadFilesAreErrors) {
         write_file(file, text);
         return error_of([&] { parse_with_data({"--config", file}); });
     };
-    EXPECT_EQ(error_of_text("stepz = 5\n"), "--config: unknown key stepz");
+    EXPECT_EQ(error_of_text("lr = 1.0\nstepz = 5\n"), "--config " + file + ": line 2: unknown key stepz, did you mean steps?");
     EXPECT_NE(error_of_text("[training]\nsteps = 5\n"), "");
     EXPECT_NE(error_of_text("steps = [5, 6]\n"), "");
     EXPECT_NE(error_of_text("steps = 5\nsteps = 6\n"), "");
-    EXPECT_NE(error_of_text("steps = 0x10\n").find("--steps"), std::string::npos);
+    const std::vector<BadCase> cases = {
+        {{"steps = 1.5\n"}, {"line 1: steps: must be a whole number", "is 1.5"}},
+        {{"steps = \"5\"\n"}, {"steps: must be a whole number"}},
+        {{"keep = 3000000000\n"}, {"keep: must be a whole number from -2147483648 to 2147483647, is 3000000000"}},
+        {{"seed = -1\n"}, {"seed: must be a whole number from 0"}},
+        {{"seed = \"1x\"\n"}, {"seed: must be"}},
+        {{"lr = \"fast\"\n"}, {"lr: must be a number"}},
+        {{"deterministic = 1\n"}, {"deterministic: must be true or false, is 1"}},
+        {{"out = x\n"}, {"line 1: "}},
+        {{"out = 5\n"}, {"out: must be text in quotes, is 5"}},
+        {{"micro-batch = \"most\"\n"}, {"micro-batch: must be"}},
+        {{"print-config = true\n"}, {"unknown key print-config"}},
+        {{"\n\n[training]\nsteps = 5\n"}, {"unknown table training"}},
+        {{"steps = 0\n"}, {"--steps 0", "at least 1"}},
+    };
+    for (const BadCase& bad : cases) {
+        const std::string text = error_of_text(bad.arguments[0]);
+        for (const std::string& part : bad.message_holds) EXPECT_NE(text.find(part), std::string::npos) << text << " lacks " << part;
+        EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+    }
     EXPECT_NE(error_of([&] { parse_with_data({"--config", folder / "none.toml"}); }).find("none.toml"), std::string::npos);
 }
 
 TEST(Config, ErrorsNameOptionValueAndRule) {
     const std::vector<BadCase> cases = {
-        {{"--stepz", "5"}, {"--stepz"}},
+        {{"--stepz", "5"}, {"--stepz: no such option, did you mean --steps?"}},
         {{"--steps"}, {"--steps"}},
         {{"--steps", "1e5"}, {"--steps", "1e5", "whole number"}},
         {{"--steps", "010"}, {"--steps", "010", "whole number"}},
@@ -145,7 +164,7 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--device", "tpu"}, {"--device tpu", "auto, gpu or cpu"}},
         {{"--attention", "flash"}, {"--attention flash", "auto, hopper, mma or cudnn"}},
         {{"--attention", "cudnn", "--device", "cpu", "--model", "tiny"}, {"--attention cudnn", "needs a GPU", "--device is cpu"}},
-        {{"--micro-batch", "0"}, {"--micro-batch 0", "at least 1"}},
+        {{"--micro-batch", "0"}, {"--micro-batch", "at least 1, or auto"}},
         {{"--micro-batch", "1", "--seq-len", "24", "--global-batch-tokens", "24"}, {"--micro-batch 1", "24", "multiple of 16"}},
         {{"--global-batch-tokens", "500000"}, {"--global-batch-tokens 500000", "multiple", "32768", "nearest: 491520"}},
         {{"--global-batch-tokens", "520000"}, {"nearest: 524288"}},
@@ -157,7 +176,15 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--keep", "-1"}, {"--keep -1", "at least 0"}},
         {{"--log-every", "0"}, {"--log-every 0", "at least 1"}},
         {{"--resume", "auto"}, {"--resume auto", "--out"}},
-        {{"--val", "a#b"}, {"--val a#b", "must not hold #"}},
+        {{"--val", "a\xff" "b"}, {"--val a", "must be UTF-8"}},
+        {{"--micro-batch", "most"}, {"--micro-batch", "most"}},
+        {{"--dry-run", "--verify"}, {"--dry-run", "one of them"}},
+        {{"--skip-outliers", "all"}, {"--skip-outliers all", "none, loss, norm or both"}},
+        {{"--skip-outliers", "loss", "--outlier-window", "0"}, {"--skip-outliers loss", "--outlier-window"}},
+        {{"--outlier-window", "7"}, {"--outlier-window 7", "from 8"}},
+        {{"--outlier-z", "0"}, {"--outlier-z 0", "above 0"}},
+        {{"--schedule", "wsd", "--steps", "100", "--warmup-steps", "90"}, {"--warmup-steps 90", "--decay-fraction"}},
+        {{"--decay-fraction", "1.5"}, {"--decay-fraction 1.5", "0 to 1"}},
         {{"stray"}, {"stray"}},
     };
     for (const BadCase& bad : cases) {
@@ -168,6 +195,33 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
     }
     EXPECT_NE(error_of([] { parse({}); }).find("--train"), std::string::npos);
     EXPECT_EQ(error_of([] { parse({"--print-config"}); }), "");
+}
+
+TEST(Config, AnyTextRoundTrips) {
+    const TempFolder folder;
+    for (const std::string text : {"a#b", "it's", "say \"hi\"", "back\\slash\\", "tab\there", "line\nbreak", "\x01\x1f\x7f", "häuser/中文/😀", " ", "'", "= [x]"}) {
+        const Config c = parse({"--train", text, "--val", text});
+        write_file(folder / "run.toml", to_toml(c));
+        const Config again = parse({"--config", folder / "run.toml"});
+        EXPECT_EQ(again.train, text);
+        EXPECT_EQ(to_toml(again), to_toml(c));
+    }
+}
+
+TEST(Config, MicroBatchCanBeAuto) {
+    const TempFolder folder;
+    const Config c = parse_with_data({"--micro-batch", "auto"});
+    EXPECT_EQ(c.micro_batch, 0);
+    EXPECT_NE(to_toml(c).find("micro-batch = \"auto\"\n"), std::string::npos);
+    write_file(folder / "run.toml", to_toml(c));
+    EXPECT_EQ(parse({"--config", folder / "run.toml"}).micro_batch, 0);
+    EXPECT_EQ(parse({"--config", folder / "run.toml", "--micro-batch", "16"}).micro_batch, 16);
+}
+
+TEST(Config, MarkdownHoldsEveryOption) {
+    const std::string text = options_markdown();
+    EXPECT_NE(text.find("| `--lr` | `6e-04` | peak learning rate |"), std::string::npos) << text;
+    EXPECT_NE(text.find("| `--print-config` |  |"), std::string::npos) << text;
 }
 
 TEST(Config, HelpExitsWithSuccess) { EXPECT_EXIT(parse({"--help"}), testing::ExitedWithCode(0), ""); }

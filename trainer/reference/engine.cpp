@@ -190,7 +190,7 @@ std::vector<LinearRow> ReferenceEngine::linear_table() const {
         const std::string size = message(" (%d x %d, %zu blocks)", linear.out(), linear.in(), blocks_.size());
         const std::string obstacle = fp8_obstacle(linear.out(), linear.in());
         return {name + size, linear.fp8() ? "FP8" : unquantized,
-                recipe.quantizes() && !obstacle.empty() ? obstacle : "recipe " + recipe.name};
+                recipe.quantizes() && !obstacle.empty() ? obstacle : "recipe " + recipe.name, int(blocks_.size())};
     };
     const Block& block = blocks_.front();  // the blocks are alike
     return {row("attn.c_attn", block.qkv), row("attn.c_proj", block.proj), row("mlp.c_fc", block.fc1), row("mlp.c_proj", block.fc2),

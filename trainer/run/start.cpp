@@ -1,10 +1,15 @@
 #include "trainer/run/start.h"
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <sstream>
 
 #include "kernels/common/check.h"
 #include "trainer/gpu_info.h"
+#include "trainer/run/micro_batch.h"
 
 namespace fs = std::filesystem;
 using ll = long long;
@@ -87,6 +92,7 @@ StartPoint start_point(const Config& config, const ParameterList& list, const He
     if (checkpoint.info.recipe != config.recipe)
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
     world.require_agreement({{"a checkpoint of step", std::to_string(checkpoint.state.step)}});
+    note_other_micro_batch(config, path, checkpoint.info.config_toml);
     return {std::move(checkpoint.state), path, checkpoint.info.gemm_choices};
 }
 
@@ -118,17 +124,37 @@ RunRecord run_record(const Config& config, const ParameterList& list, int argc, 
             .tokens_per_step = config.global_batch_tokens};
 }
 
+void save_configuration(const Config& config) {
+    const std::string path = config.out + "/config.toml", temporary = path + ".tmp";
+    std::ofstream file(temporary);
+    file << to_toml(config);
+    file.close();
+    std::error_code error;
+    if (file) fs::rename(temporary, path, error);
+    REQUIRE(file && !error, "%s: cannot write: %s", path.c_str(), error ? error.message().c_str() : std::strerror(errno));
+}
+
+void print_model(const Config& config, const ParameterList& list) {
+    const ModelSpec m = config.model_spec();
+    std::printf("model   %s: %d layers, width %d, %d heads, ffn %d, vocabulary %d (%d in memory), context %d: %lld parameters\n",
+                m.name.c_str(), m.n_layers, m.dim, m.n_heads, m.ffn_dim, m.vocab_size, m.padded_vocab(), m.seq_len, ll(list.published_count()));
+    std::printf("recipe  %s: %s\n", config.recipe.c_str(), find_recipe(config.recipe).description.c_str());
+}
+
+void print_linears(const std::vector<LinearRow>& rows) {
+    for (const LinearRow& row : rows) std::printf("  %-44s %-5s %s\n", row.name.c_str(), row.precision.c_str(), row.reason.c_str());
+}
+
 void print_start(const Started& s) {
     const auto& [config, engine, list, train, start, world] = s;
     const ModelSpec m = config.model_spec();
     std::printf("train_gpt_fp8 %s | %s", git_commit().c_str(), engine.device_name().c_str());
     for (const auto& [name, version] : library_versions()) std::printf(" | %s %s", name.c_str(), version.c_str());
-    std::printf("\nmodel   %s: %d layers, width %d, %d heads, ffn %d, vocabulary %d (%d in memory), context %d: %lld parameters\n",
-                m.name.c_str(), m.n_layers, m.dim, m.n_heads, m.ffn_dim, m.vocab_size, m.padded_vocab(), m.seq_len, ll(list.published_count()));
+    std::printf("\n");
+    print_model(config, list);
     if (!world.alone())
         std::printf("ranks   %d, %s: --shard %s, %d groups of %d\n", world.size(), world.transport(), config.shard.c_str(), world.size() / list.ranks, list.ranks);
-    std::printf("recipe  %s: %s\n", config.recipe.c_str(), find_recipe(config.recipe).description.c_str());
-    for (const LinearRow& row : engine.linear_table()) std::printf("  %-44s %-5s %s\n", row.name.c_str(), row.precision.c_str(), row.reason.c_str());
+    print_linears(engine.linear_table());
     std::printf("data    %lld tokens in %zu shards, %lld samples an epoch\n", ll(train.tokens()), train.shards(), ll(train.samples_per_epoch()));
     const double epochs = double(config.steps) * double(train.samples_per_step()) / double(train.samples_per_epoch());
     std::printf("step    %lld tokens = %d micro-batches of %d x %d; %lld steps, %.2f epochs\n", ll(config.global_batch_tokens),
@@ -136,6 +162,10 @@ void print_start(const Started& s) {
     const double step_flops = flops_per_token(m, m.seq_len).total() * double(config.global_batch_tokens);
     if (engine.device_name() == "CPU reference" && step_flops > 1e11)
         std::printf("note    the reference device may need minutes for a step of %.2f TFLOP: take a smaller --global-batch-tokens or --model\n", step_flops / 1e12);
+    std::printf("configuration\n");
+    std::istringstream lines(to_toml(config));
+    for (std::string line; std::getline(lines, line);)
+        if (!line.empty()) std::printf("  %s\n", line.c_str());
     std::printf("memory\n%s", format_memory_table(engine.memory_table()).c_str());
     if (start.resumed_from.empty()) std::printf("start   random weights, seed %llu\n", (unsigned long long)config.seed);
     else std::printf("start   step %lld of %s\n", ll(start.state.step), start.resumed_from.c_str());

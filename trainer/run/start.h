@@ -35,6 +35,13 @@ CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const
 RunLogOptions log_options(const Config& config, const Engine& engine, int64_t first_step, const World& world);
 RunRecord run_record(const Config& config, const ParameterList& list, int argc, char** argv);
 
+// OUT/config.toml: the configuration as it is resolved.
+void save_configuration(const Config& config);
+
+// Parts of what print_start() prints.
+void print_model(const Config& config, const ParameterList& list);
+void print_linears(const std::vector<LinearRow>& rows);
+
 struct Started {
     const Config& config;
     const Engine& engine;

@@ -26,6 +26,7 @@ void request_stop(int signal) {
 void stop_on_signals() {
     std::signal(SIGINT, request_stop);
     std::signal(SIGTERM, request_stop);
+    std::signal(SIGXFSZ, SIG_IGN);  // a file that grows beyond a limit is an error of write(), not the end
 }
 
 TrainingLoop::TrainingLoop(const Parts& parts)

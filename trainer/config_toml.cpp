@@ -1,0 +1,140 @@
+// TOML files: read by toml++, written by hand, because comments and the order of the options matter.
+#include <charconv>
+#include <cmath>
+#include <limits>
+#include <toml++/toml.h>
+
+#include "kernels/common/check.h"
+#include "trainer/config_options.h"
+
+namespace {
+
+// Puts one key's value into the field of its name.
+class FieldReader {
+  public:
+    FieldReader(const std::string& file, const std::string& key, const toml::node& node) : file_(file), key_(key), node_(node) {}
+    bool found() const { return found_; }
+
+    template <typename T>
+    void operator()(const OptionInfo& info, T& field) {
+        if (key_ != info.name || info.group == kModes) return;
+        found_ = true;
+        if (info.zero && node_.value_exact<std::string>() == info.zero) field = T{};
+        else read(field);
+    }
+
+  private:
+    void read(bool& field) { field = exact<bool>("must be true or false"); }
+    void read(std::string& field) { field = exact<std::string>("must be text in quotes"); }
+    void read(float& field) {
+        const std::optional<double> value = node_.is_number() ? node_.value<double>() : std::nullopt;
+        REQUIRE(value, "%s must be a number, is %s", where().c_str(), given().c_str());
+        field = float(*value);
+    }
+    template <typename Integer>
+    void read(Integer& field) {
+        // TOML's whole numbers end at 2^63; what lies above is written in quotes.
+        if (const auto text = node_.value_exact<std::string>(); text && std::is_same_v<Integer, uint64_t>) {
+            const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), field);
+            if (error == std::errc() && end == text->data() + text->size()) return;
+        }
+        const std::optional<int64_t> value = node_.value_exact<int64_t>();
+        const bool fits = value && std::in_range<Integer>(*value);
+        REQUIRE(fits, "%s must be a whole number from %s to %s, is %s", where().c_str(), std::to_string(std::numeric_limits<Integer>::min()).c_str(),
+                std::to_string(std::numeric_limits<Integer>::max()).c_str(), given().c_str());
+        field = Integer(*value);
+    }
+
+    template <typename T>
+    T exact(const char* rule) {
+        const std::optional<T> value = node_.value_exact<T>();
+        REQUIRE(value, "%s %s, is %s", where().c_str(), rule, given().c_str());
+        return *value;
+    }
+    std::string where() const { return message("%s: line %u: %s:", file_.c_str(), node_.source().begin.line, key_.c_str()); }
+    std::string given() const {
+        std::ostringstream text;
+        node_.visit([&](const auto& value) { text << value; });
+        std::string one_line = text.str();
+        std::replace(one_line.begin(), one_line.end(), '\n', ' ');
+        return one_line;
+    }
+
+    const std::string& file_;
+    const std::string& key_;
+    const toml::node& node_;
+    bool found_ = false;
+};
+
+struct Writer {
+    ModelSpec spec;
+    std::string text;
+    std::string group;
+
+    template <typename T>
+    void operator()(const OptionInfo& info, const T& value) {
+        if (info.group == kModes) return;
+        const std::string name = info.name, shown = info.zero && value == T{} ? toml_value(std::string(info.zero)) : toml_value(value);
+        if (group != info.group) text += (group.empty() ? "# " : "\n# ") + (group = info.group) + "\n";
+        const SizeOption* size = std::find_if(std::begin(kSizes), std::end(kSizes), [&](const auto& s) { return s.name == name; });
+        if (size != std::end(kSizes) && shown == "0") text += "# " + name + " = " + std::to_string(spec.*size->field) + "\n";
+        else text += name + " = " + shown + "\n";
+    }
+};
+
+}  // namespace
+
+void read_toml(const std::string& text, const std::string& file, Config& config) {
+    toml::table table;
+    try {
+        table = toml::parse(text, file);
+    } catch (const toml::parse_error& error) {
+        throw Error(message("%s: line %u: %s", file.c_str(), error.source().begin.line, std::string(error.description()).c_str()));
+    }
+    for (const auto& [key, node] : table) {
+        const std::string name(key.str());
+        FieldReader reader(file, name, node);
+        for_each_option(config, reader);
+        REQUIRE(reader.found(), "%s: line %u: unknown %s %s%s", file.c_str(), node.source().begin.line, node.is_table() ? "table" : "key",
+                name.c_str(), suggestion(name, "").c_str());
+    }
+}
+
+std::string to_toml(const Config& config) {
+    Writer writer{config.model_spec(), "", ""};
+    for_each_option(config, writer);
+    return writer.text;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Values
+
+std::string toml_value(const std::string& text) {
+    std::string quoted = "\"";
+    for (const char c : text) {
+        if (c == '"' || c == '\\') quoted += '\\';
+        if (static_cast<unsigned char>(c) < ' ' || c == '\x7f') quoted += message("\\u%04X", c);
+        else quoted += c;
+    }
+    return quoted + '"';
+}
+std::string toml_value(bool value) { return value ? "true" : "false"; }
+std::string toml_value(float value) {
+    char digits[32];
+    std::string text(digits, std::to_chars(digits, digits + sizeof(digits), value).ptr);  // shortest that reads back
+    return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;           // e: 6e-04; n: inf, nan
+}
+std::string toml_value(int value) { return std::to_string(value); }
+std::string toml_value(int64_t value) { return std::to_string(value); }
+std::string toml_value(uint64_t value) {
+    const std::string digits = std::to_string(value);
+    return value <= uint64_t(std::numeric_limits<int64_t>::max()) ? digits : '"' + digits + '"';
+}
+
+bool is_utf8(const std::string& text) {
+    try {
+        return toml::parse("x = " + toml_value(text)).contains("x");
+    } catch (const toml::parse_error&) {
+        return false;
+    }
+}
