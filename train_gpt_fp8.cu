@@ -34,7 +34,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 void train(const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
-    const Parallel parallel = make_parallel(world, parallel_options(config));
+    const Parallel parallel = make_ranks(config, world);
     const ParameterList list = make_parameters(config.model_spec(), parallel.group->size());
     const Held held = held_by(list, parallel.group->rank(), parallel.group->size());
     const DataLoader data = training_data(config);

@@ -29,7 +29,7 @@ const EngineOptions& checked(const EngineOptions& o) {
             "--micro-batch %d x --seq-len %d = %d tokens: --recipe %s needs a multiple of 16 (FP8 weight gradients sum over tokens)",
             o.micro_batch, o.seq_len, tokens, o.recipe.name.c_str());
     REQUIRE(o.logit_rows >= 0 && o.logit_rows <= o.micro_batch, "logits of %d rows: must be 0 to the micro-batch, %d", o.logit_rows, o.micro_batch);
-    REQUIRE(o.parallel.world->size() == 1, "training on %d GPUs: not implemented; add --device cpu, or start one rank", o.parallel.world->size());
+    if (o.parallel.world->size() > 1) require_gpu_mode(o.parallel);
     return o;
 }
 
@@ -208,7 +208,16 @@ void GpuEngine::enqueue_micro_batches(Staging& s, const StepInputs& in, std::spa
     }
 }
 
+// Every rank then takes the same step: gradients, loss and flag are the same bits on all of them.
+void GpuEngine::enqueue_reduction() {
+    Communicator& world = *options_.parallel.world;
+    world.all_reduce(arrays_.grads, list_.flat_elements, Element::f32, Reduction::sum, stream_);
+    world.all_reduce(&state_->loss_sum, 1, Element::f32, Reduction::sum, stream_);
+    world.all_reduce(&state_->nonfinite, 1, Element::u32, Reduction::max, stream_);
+}
+
 void GpuEngine::enqueue_optimizer() {
+    enqueue_reduction();
     const Mark mark("optimizer");
     sum_of_squares(arrays_.grads, list_.flat_elements, norm_partials_, stream_);
     optimizer_prepare({.state = state_, .norm_partials = norm_partials_, .n_partials = global_norm_partials(),
@@ -227,6 +236,7 @@ void GpuEngine::enqueue_weight_quantization(const uint32_t* skip) {
 std::vector<float> GpuEngine::gradients(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) {
     back_to_back_ = false;
     enqueue_micro_batches(next_staging(), in, inputs, targets);
+    enqueue_reduction();
     std::vector<float> host(size_t(list_.flat_elements));
     CUDA_CHECK(cudaMemcpyAsync(host.data(), arrays_.grads, host.size() * sizeof(float), cudaMemcpyDeviceToHost, stream_));
     CUDA_CHECK(cudaStreamSynchronize(stream_));

@@ -47,6 +47,7 @@ class GpuEngine final : public Engine {
     void request_memory();
     void build_tensor_tables();
     void enqueue_micro_batches(Staging& staging, const StepInputs& in, std::span<const int> inputs, std::span<const int> targets);
+    void enqueue_reduction();  // over the ranks
     void enqueue_optimizer();
     void enqueue_weight_quantization(const uint32_t* skip);
     Staging& next_staging();

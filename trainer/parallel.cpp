@@ -21,3 +21,8 @@ Parallel make_parallel(World& world, const ParallelOptions& options) {
     parallel.replicas = world.split(world.rank() % group_size);
     return parallel;
 }
+
+void require_gpu_mode(const Parallel& parallel) {
+    REQUIRE(parallel.shard == Shard::none, "--shard: on several GPUs only none is implemented (each holds the whole model); --device cpu has all modes");
+    REQUIRE(parallel.gradient_element == Element::f32, "--reduce-dtype bf16: on GPUs gradients travel in f32; --device cpu has both");
+}

@@ -29,6 +29,9 @@ struct Parallel {
     bool gathers_every_use() const { return shard == Shard::full; }
 };
 
+// Error unless the GPU engine has this mode on several ranks.
+void require_gpu_mode(const Parallel& parallel);
+
 class World;
 struct ParallelOptions {
     Shard shard = Shard::none;

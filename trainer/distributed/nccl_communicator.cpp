@@ -62,7 +62,7 @@ ncclDataType_t type_of(Element e) { return e == Element::f32 ? ncclFloat32 : e =
 
 class NcclCommunicator final : public Communicator {
   public:
-    NcclCommunicator(int rank, int size, const ncclUniqueId& id, const NcclOptions& options) : Communicator(rank, size) {
+    NcclCommunicator(int rank, int size, const ncclUniqueId& id, const NcclOptions& options) : Communicator(rank, size, true) {
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         if (options.most_ctas > 0) config.maxCTAs = options.most_ctas;
         NCCL_CHECK(init(&communicator_, size, id, rank, &config));

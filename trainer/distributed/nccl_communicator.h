@@ -19,5 +19,5 @@ struct NcclOptions {
     int most_ctas = 0;  // bound on the SMs that a collective takes; 0: NCCL's choice
 };
 // Of the ranks that give the same color, like World::split; all ranks call it, each with its GPU current. The id travels over
-// the host communicator. Also of one rank (`of_one_too`): NCCL then copies onto itself, which tests and timings use.
+// the host communicator. `of_one_too`: NCCL also where there is one rank, which tests use.
 std::unique_ptr<Communicator> nccl_split(World& world, int color, const NcclOptions& options, bool of_one_too = false);

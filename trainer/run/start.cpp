@@ -8,14 +8,53 @@
 #include <sstream>
 
 #include "kernels/common/check.h"
+#include "kernels/common/cuda_check.h"
+#include "trainer/distributed/nccl_communicator.h"
 #include "trainer/gpu_info.h"
 #include "trainer/run/micro_batch.h"
 
 namespace fs = std::filesystem;
 using ll = long long;
 
-ParallelOptions parallel_options(const Config& config) {
-    return {.shard = find_shard(config.shard), .replicate = config.replicate, .gradient_element = config.reduce_dtype == "bf16" ? Element::bf16 : Element::f32};
+namespace {
+
+// All ranks have a GPU, or none has.
+bool on_gpus(const Config& config, World& world) {
+    if (config.device == "cpu") return false;
+    const std::vector<std::string> obstacles = world.all_texts(gpu_obstacle());
+    for (size_t r = 1; r < obstacles.size(); ++r)
+        if (obstacles[r].empty() != obstacles[0].empty())
+            throw JobError(message("rank %zu has no usable GPU (%s), others have: start one rank a GPU", obstacles[r].empty() ? size_t(0) : r,
+                                   obstacles[obstacles[r].empty() ? 0 : r].c_str()));
+    return obstacles[0].empty();
+}
+
+// Where a launcher shows each rank one GPU, that one; where it shows all, the one of the rank's number on its machine.
+void take_a_gpu(World& world) {
+    int devices = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&devices));
+    const int device = devices == 1 ? 0 : world.local_rank();
+    REQUIRE(device < devices, "is number %d of its machine, which shows %d GPUs: start one rank a GPU", device, devices);
+    CUDA_CHECK(cudaSetDevice(device));
+    cudaDeviceProp properties{};
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    const std::vector<std::string> gpus = world.all_texts(std::string(properties.uuid.bytes, sizeof properties.uuid.bytes));
+    for (size_t a = 0; a < gpus.size(); ++a)
+        for (size_t b = a + 1; b < gpus.size(); ++b)
+            if (gpus[a] == gpus[b]) throw JobError(message("ranks %zu and %zu share one GPU: start one rank a GPU", a, b));
+}
+
+}  // namespace
+
+Parallel make_ranks(const Config& config, World& world) {
+    Parallel parallel = make_parallel(world, {.shard = find_shard(config.shard), .replicate = config.replicate,
+                                              .gradient_element = config.reduce_dtype == "bf16" ? Element::bf16 : Element::f32});
+    if (world.alone() || !on_gpus(config, world)) return parallel;
+    require_gpu_mode(parallel);
+    take_a_gpu(world);
+    parallel.world = nccl_split(world, 0, {});
+    parallel.replicas = parallel.world;  // --shard none: every rank holds everything
+    return parallel;
 }
 
 EngineOptions engine_options(const Config& config, const Parallel& parallel) {

@@ -10,7 +10,8 @@
 #include "trainer/engine.h"
 #include "trainer/metrics.h"
 
-ParallelOptions parallel_options(const Config& config);
+// The communicators of the device that --device names; on GPUs, each rank takes one of its machine's. All ranks call it.
+Parallel make_ranks(const Config& config, World& world);
 EngineOptions engine_options(const Config& config, const Parallel& parallel = {});
 
 // The device that --device names; `auto` falls back to the reference device, and says so.
