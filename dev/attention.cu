@@ -3,7 +3,7 @@
 // A sweep is many shapes of one kind; of each backend and array it prints one line, the worst shape's. Compared are, with
 // tolerances derived below, out and lse with float64 attention, and the gradients with those that follow in float64 from the
 // out and lse that the backward was given. Besides, where cuDNN runs the shape: the error of our arrays against float64
-// attention alone, over cuDNN's error.
+// attention alone, over cuDNN's error, of every shape and of all shapes of a sweep.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -53,6 +53,9 @@ constexpr double kThreeRoundings = 3 * 0x1p-9;
 constexpr Tolerance kOut{.relative = kThreeRoundings}, kGradient{.relative = kThreeRoundings, .absolute = 1e-2};
 constexpr Tolerance kLse{.relative = 1e-5, .absolute = 1};  // float: head_dim products of a score, T terms of the sum
 constexpr double kMostOverCudnn = 1.1;
+// Of a single shape with one key 30 times as long: a row's error is one number times that key, few numbers in all (1.19 was
+// measured, of mma and hopper alike). All such shapes together keep the bound above.
+constexpr double kMostOverCudnnSpiky = 1.25;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The arrays by name, as matrices
@@ -143,9 +146,9 @@ class Sweep {
                             const std::map<std::string, Error2>& cudnn);
     void skip(const std::string& test, const std::string& why);
 
-    struct Pool {  // sums over shapes of mean squared errors
+    struct Pool {  // of ratios: every shape counts alike, however large its errors
         int shapes = 0;
-        double ours = 0, allowed = 0;
+        double squares = 0;
     };
 
     Report& report_;
@@ -168,9 +171,11 @@ void Sweep::skip(const std::string& test, const std::string& why) {
     ++count, reason = why;
 }
 
-Comparison ratio_to_cudnn(double ours, double allowed) {
-    const double ratio = ours == 0 ? 0 : ours / allowed;
-    return {ratio <= kMostOverCudnn, ratio, message("%.3f (%.2e over %.2e), at most %.1f", ratio, ours, allowed, kMostOverCudnn)};
+double ratio_of(double ours, double allowed) { return ours == 0 ? 0 : ours / allowed; }
+
+Comparison ratio_to_cudnn(double ours, double allowed, double most) {
+    const double ratio = ratio_of(ours, allowed);
+    return {ratio <= most, ratio, message("%.3f (%.2e over %.2e), at most %.2f", ratio, ours, allowed, most)};
 }
 
 void Sweep::finish() {
@@ -178,8 +183,9 @@ void Sweep::finish() {
         report_.expect("attention." + test, name_, line.failed == 0,
                        message("%d shapes, %d failed, worst %s: %s", line.shapes, line.failed, line.where.c_str(), line.worst.figure.c_str()));
     for (const auto& [test, pool] : pools_) {
-        const Comparison c = ratio_to_cudnn(std::sqrt(pool.ours / pool.shapes), std::sqrt(pool.allowed / pool.shapes));
-        report_.expect("attention." + test, name_, c.ok, message("%d shapes together: %s", pool.shapes, c.figure.c_str()));
+        const double ratio = std::sqrt(pool.squares / pool.shapes);
+        report_.expect("attention." + test, name_, ratio <= kMostOverCudnn,
+                       message("%d shapes, root mean square %.3f, at most %.2f", pool.shapes, ratio, kMostOverCudnn));
     }
     for (const auto& [test, why] : skipped_)
         report_.skip("attention." + test, name_, message("%d shapes; %s", why.first, why.second.c_str()));
@@ -224,10 +230,10 @@ void Sweep::compare_with_cudnn(AttentionBackend backend, Data data, const std::s
         const double floor = std::max(error.of_rounding, array == "out" ? 0 : kGradient.absolute * 0x1p-9);
         const double allowed = std::max(cudnn.at(array).of_values, floor);
         const std::string test = array + " error over cudnn's [" + name_of(backend) + "]";
-        Pool& pool = pools_[test];
-        ++pool.shapes, pool.ours += error.of_values * error.of_values, pool.allowed += allowed * allowed;
-        // With one key 30 times as long, the error of a row is one number times that key: too few to judge a shape alone
-        if (data == Data::normal) note(test, where, ratio_to_cudnn(error.of_values, allowed));
+        const double ratio = ratio_of(error.of_values, allowed);
+        Pool& pool = pools_[test + ", all shapes"];
+        ++pool.shapes, pool.squares += ratio * ratio;
+        note(test, where, ratio_to_cudnn(error.of_values, allowed, data == Data::spiky ? kMostOverCudnnSpiky : kMostOverCudnn));
     }
 }
 
@@ -344,7 +350,30 @@ void check_amax_pass(Report& report) {
     }
 }
 
+// Where the Hopper kernels can run they must: a shape that they refuse would be a skipped line of the sweeps, no failed one.
+void check_dispatch(Report& report) {
+    int device, major, minor;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (TRAIN_GPT_ARCH != 90 || major != 9 || minor != 0) {
+        report.skip("attention.dispatch", "", message("a binary for sm_%d on sm_%d%d: the Hopper kernels are for sm_90a", TRAIN_GPT_ARCH, major, minor));
+        return;
+    }
+    for (const int head_dim : {64, 128})
+        for (const int T : {1, 2, 17, 129, 1023, 1024, 4097, 16384})
+            for (const Heads heads : kHeads) {
+                const AttentionShape s{.B = 2, .T = T, .H = heads.H, .KV = heads.KV, .head_dim = head_dim};
+                for (const bool deterministic : {false, true}) {
+                    const AttentionChoice c = attention_choice(s, {.deterministic = deterministic});
+                    report.expect("attention.dispatch", describe(s) + (deterministic ? " deterministic" : ""), c.forward == "hopper" && c.backward == "hopper",
+                                  message("forward %s, backward %s %s", c.forward.c_str(), c.backward.c_str(), c.reason.c_str()));
+                }
+            }
+}
+
 void checks(Report& report) {
+    check_dispatch(report);
     check_amax_pass(report);
     for (const int head_dim : {64, 128}) {
         std::vector<int> small{1, 2, 17, 64, 65, 128, 129};
