@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -43,6 +44,11 @@ struct Shape {
     int B, T, micro_batches;
 };
 constexpr Shape kSmall{.layers = 2, .dim = 64, .heads = 4, .ffn = 256, .vocab = 257, .context = 64, .B = 4, .T = 64, .micro_batches = 2};
+// Head dimensions 64 and 128, which have kernels of their own on Hopper; T is more than a tile of them and no multiple of it.
+constexpr Shape kLargeHeads[] = {
+    {.layers = 1, .dim = 128, .heads = 2, .ffn = 256, .vocab = 257, .context = 160, .B = 2, .T = 160, .micro_batches = 2},
+    {.layers = 1, .dim = 256, .heads = 2, .ffn = 256, .vocab = 257, .context = 160, .B = 2, .T = 160, .micro_batches = 2},
+};
 
 struct Batch {
     std::vector<int> inputs, targets;
@@ -351,9 +357,7 @@ void confident(Report& report) {
 // ---------------------------------------------------------------------------------------------------------------------
 // GPU against itself, by bits
 
-void repeat_and_eager(Report& report, const std::string& recipe, int micro_batches) {
-    Shape shape = kSmall;
-    shape.B = 2, shape.micro_batches = micro_batches;
+void repeat_and_eager(Report& report, const Shape& shape, const std::string& recipe) {
     Setup s = make_setup(shape, recipe, 3);
     const auto engine = make_gpu_engine(s.options);
     const Outcome first = train(*engine, s);
@@ -367,14 +371,14 @@ void repeat_and_eager(Report& report, const std::string& recipe, int micro_batch
 void repeat_tuned(Report& report) {
     Setup s = make_setup(kSmall, "tensorwise", 3);
     s.options.deterministic = false;
-    s.options.gemm_cache = message("/tmp/engines_check_%d.cache", int(getpid()));
+    s.options.gemm_cache = (std::filesystem::temp_directory_path() / message("engines_check_%d.cache", int(getpid()))).string();
     const Outcome first = train(*make_gpu_engine(s.options), s);
     expect_same(report, "another engine, cached GEMMs", s, first, train(*make_gpu_engine(s.options), s));
     unlink(s.options.gemm_cache.c_str());
 }
 
-void resume(Report& report, const std::string& recipe) {
-    const Setup s = make_setup(kSmall, recipe, 4);
+void resume(Report& report, const Shape& shape, const std::string& recipe) {
+    const Setup s = make_setup(shape, recipe, 4);
     const auto engine = make_gpu_engine(s.options), other = make_gpu_engine(s.options);
     const Outcome whole = train(*engine, s);
     engine->load(s.state);
@@ -510,8 +514,13 @@ void checks(Report& report) {
         steps_match(report, recipe);
         split(report, recipe);
         masked(report, recipe);
-        for (const int micro_batches : {1, 2, 4}) repeat_and_eager(report, recipe, micro_batches);  // every position
-        resume(report, recipe);
+        for (const int micro_batches : {1, 2, 4}) {  // every position
+            Shape shape = kSmall;
+            shape.B = 2, shape.micro_batches = micro_batches;
+            repeat_and_eager(report, shape, recipe);
+        }
+        resume(report, kSmall, recipe);
+        for (const Shape& shape : kLargeHeads) repeat_and_eager(report, shape, recipe), resume(report, shape, recipe);
         evaluation(report, recipe);
         copies_follow(report, recipe);
     }
