@@ -6,15 +6,18 @@
 FOLDER holds shards of GPT-2 tokens (data/prepare --tokenizer gpt2), train and val. Makes three runs of the trainer in WORK
 (bf16 with two seeds, tensorwise with the first) and one of PyTorch: Hugging Face's GPT2LMHeadModel, float32 weights under
 BF16 autocast, fused AdamW, from the same weights, on the same batches, with the same learning rates, clipping and decay
-groups, evaluated on the same samples. A run whose log is complete is not made again.
+groups, evaluated on the same samples. A run is not made again when its log is complete and comes from the same program and options.
+No text is seen twice: more steps than an epoch of FOLDER are refused.
 
 The final validation losses of bf16, tensorwise and PyTorch must agree pairwise within max(0.5 %, twice the spread of the
 two bf16 seeds).
 """
 import argparse
+import hashlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +30,7 @@ BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 SEEDS = (1337, 2718)
 RELATIVE_BOUND = 0.005
 SPREADS = 2
+MADE_BY = "made_by.json"  # beside a log
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Our runs
@@ -56,13 +60,30 @@ def final_loss(log, steps):
     return dict(plot.read_log(log)[1]).get(steps)
 
 
+def require_one_epoch(arguments):
+    tokens, needed = json.loads((pathlib.Path(arguments.shards) / "meta.json").read_text())["train"]["tokens"], arguments.steps * arguments.batch_tokens
+    if needed > tokens:
+        sys.exit(f"error: {arguments.steps} steps of {arguments.batch_tokens:,} tokens are more than an epoch of {arguments.shards} ({tokens:,} tokens): "
+                 "fewer --steps or more text")
+
+
+def maker(files, options):
+    """What a result depends on: the sha256 of the files and the options."""
+    return json.dumps({"sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}, "options": options}, indent=1) + "\n"
+
+
+def is_current(log, steps, made_by):
+    note = log.parent / MADE_BY
+    return final_loss(log, steps) is not None and note.exists() and note.read_text() == made_by
+
+
 def our_run(arguments, name, recipe, seed):
-    out = arguments.work / name
-    log = out / "log.jsonl"
-    if final_loss(log, arguments.steps) is None:
-        if log.exists():
-            log.unlink()  # of a run that was cut off
-        run([BUILD / "train_gpt_fp8", *trainer_options(arguments, recipe, seed), "--out", out])
+    out, program, options = arguments.work / name, BUILD / "train_gpt_fp8", trainer_options(arguments, recipe, seed)
+    log, made_by = out / "log.jsonl", maker([program], options)
+    if not is_current(log, arguments.steps, made_by):
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off or of another program
+        run([program, *options, "--out", out])
+        (out / MADE_BY).write_text(made_by)
     return log
 
 
@@ -137,12 +158,13 @@ class TorchRun:
 
 
 def torch_run(arguments):
-    log = arguments.work / "pytorch" / "log.jsonl"
-    if final_loss(log, arguments.steps) is not None:
+    log, program, options = arguments.work / "pytorch" / "log.jsonl", BUILD / "dev/export_run", trainer_options(arguments, "bf16", SEEDS[0])
+    made_by = maker([program, pathlib.Path(__file__)], [*options, f"compile={arguments.compile}"])
+    if is_current(log, arguments.steps, made_by):
         return log
     exported = arguments.work / "export"
-    if not (exported / "run.json").exists() or json.loads((exported / "run.json").read_text())["steps"] != arguments.steps:
-        run([BUILD / "dev/export_run", *trainer_options(arguments, "bf16", SEEDS[0]), "--to", exported])
+    shutil.rmtree(exported, ignore_errors=True)
+    run([program, *options, "--to", exported])
     job = TorchRun(exported, "cpu" if arguments.device == "cpu" else "cuda", arguments.compile)
     log.parent.mkdir(parents=True, exist_ok=True)
     steps, every, start = job.run["steps"], job.run["eval_every"], time.time()
@@ -157,6 +179,7 @@ def torch_run(arguments):
                 val = job.evaluate()
                 write(kind="eval", step=number + 1, loss=val)
                 print(f"  pytorch step {number + 1}/{steps} | loss {loss:.4f} | val loss {val:.4f} | {time.time() - start:.0f} s", flush=True)
+    (log.parent / MADE_BY).write_text(made_by)
     return log
 
 
@@ -201,6 +224,7 @@ def main():
     if arguments.device == "gpu" and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
         print("learning: skipped: no GPU")
         return 77
+    require_one_epoch(arguments)
     logs = {"bf16": our_run(arguments, "bf16_a", "bf16", SEEDS[0]), "bf16, other seed": our_run(arguments, "bf16_b", "bf16", SEEDS[1]),
             "tensorwise": our_run(arguments, "tensorwise", "tensorwise", SEEDS[0]), "PyTorch": torch_run(arguments)}
     tests = [judge_start(logs["bf16"], logs["PyTorch"])]
