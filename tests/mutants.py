@@ -153,6 +153,14 @@ MUTANTS = [
     Mutant("head_gradient_overwritten", "class of llm.c's False that is true: the tied gradient keeps the last micro-batch's head only",
            "trainer/gpu_model.cpp", "const bool accumulate = first > 0 || !starts_gradients(*position);", "const bool accumulate = first > 0;",
            "dev/engines", "gradients bf16 L2 C64"),
+    Mutant("attention_forward_ignores_the_diagonal", "class of a causal mask off by one: a query does not see its own key",
+           "kernels/attention/hopper_forward.cu", "- (i / 4 * 8 + i % 2) < 0) s[i] = -INFINITY;", "- (i / 4 * 8 + i % 2) <= 0) s[i] = -INFINITY;",
+           "dev/attention", "attention.out [hopper] D64 normal"),
+    Mutant("attention_forward_of_another_group", "class of grouped heads: query head h reads key head h % KV",
+           "kernels/attention/hopper_forward.cu", "work.h / (a.H / a.KV)", "work.h % a.KV", "dev/attention", "attention.out [hopper] D128 normal"),
+    Mutant("attention_backward_sees_the_next_key", "class of a causal mask off by one: the gradient of a query takes in the next key",
+           "kernels/attention/hopper_backward.cu", "difference > 0 : difference < 0) s[i]", "difference > 0 : difference < -1) s[i]",
+           "dev/attention", "attention.dq [hopper] D64 normal"),
 ]
 
 NOT_APPLICABLE = [

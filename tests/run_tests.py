@@ -56,6 +56,10 @@ def host_tests(build, tally):
             print(output)
 
 
+def described(error):
+    return str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+
+
 def function_tests(tally):
     for what, module in (("program", program_tests), ("report", report_tests)):
         for name in sorted(n for n in dir(module) if n.startswith("test_")):
@@ -66,9 +70,9 @@ def function_tests(tally):
             except program_tests.Skipped as reason:
                 tally.add(skipped=1)
                 print(f"{what}: {name}: skipped: {reason}")
-            except AssertionError as error:
+            except Exception as error:  # one test must not end the others
                 tally.add(failed=1)
-                print(f"{what}: {name}: FAILED: {error}")
+                print(f"{what}: {name}: FAILED: {described(error)}")
 
 
 def listed_tests(what, tests, tally):
@@ -81,9 +85,9 @@ def listed_tests(what, tests, tally):
         except readme_tests.Skipped as reason:
             tally.add(skipped=1)
             print(f"{what}: {name}: skipped: {reason}")
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except Exception as error:
             tally.add(failed=1)
-            print(f"{what}: {name}: FAILED: {error}")
+            print(f"{what}: {name}: FAILED: {described(error)}")
 
 
 def gpu_tests(build, tally):
