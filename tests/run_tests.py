@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 
+import data_tests
 import fuzz_tests
 import distributed_tests
 import layers
@@ -61,7 +62,7 @@ def described(error):
 
 
 def function_tests(tally):
-    for what, module in (("program", program_tests), ("report", report_tests)):
+    for what, module in (("program", program_tests), ("data", data_tests), ("report", report_tests)):
         for name in sorted(n for n in dir(module) if n.startswith("test_")):
             try:
                 getattr(module, name)()
@@ -88,6 +89,12 @@ def listed_tests(what, tests, tally):
         except Exception as error:
             tally.add(failed=1)
             print(f"{what}: {name}: FAILED: {described(error)}")
+
+
+def tiktoken_test(tally):
+    status, output = run([sys.executable, str(ROOT / "tests/tokenizer_tiktoken.py"), "--strings", "7000"])
+    tally.add(passed=status == 0, failed=status not in (0, 77), skipped=status == 77)
+    print(f"tokenizer against tiktoken: {'passed' if status == 0 else output.strip()}")
 
 
 def gpu_tests(build, tally):
@@ -124,6 +131,7 @@ def main():
     listed_tests("tools", tool_tests.tests(), tally)
     listed_tests("README", readme_tests.tests(), tally)
     listed_tests("distributed", distributed_tests.tests(), tally)
+    tiktoken_test(tally)
     gpu_tests(build, tally)
     tally.add(*fuzz_tests.run(build, arguments.fuzz_seconds))
     if tally.skipped:

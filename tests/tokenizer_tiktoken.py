@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares data/prepare's GPT-2 ids with tiktoken's, document by document: random and adversarial strings, then real text.
 
-    pip install tiktoken
+    pip install tiktoken          # or: pip install --target deps/python tiktoken
     make data-gpt2-ranks data-golang-1.19-src data-rust-src
     python3 tests/tokenizer_tiktoken.py downloads --megabytes 100 --strings 60000
 
@@ -20,7 +20,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/golden"))
+sys.path.append(str(ROOT / "deps/python"))
 END_OF_TEXT = 50256
 SEPARATOR = b"\xff<=separator of documents=>\xff"
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2003\u200a\u2028\u2029\u202f\u205f\u3000"

@@ -8,16 +8,16 @@
 
 namespace {
 
-constexpr size_t kEnough = size_t{1} << 18;  // a small input may unpack to gigabytes
+constexpr size_t kEnough = size_t{1} << 14;  // a small input may unpack to gigabytes
 
+// The first kEnough bytes, or nothing where the file is damaged before.
 std::optional<std::string> unpack(const std::string& path, size_t chunk_bytes) {
     std::string text, chunk(chunk_bytes, '\0');
     try {
         const auto source = open_text_source(path);
-        while (text.size() < kEnough) {
-            const size_t now = source->read(chunk.data(), chunk.size());
+        for (size_t now = chunk.size(); now == chunk.size() && text.size() < kEnough;) {
+            now = source->read(chunk.data(), chunk.size());
             text.append(chunk, 0, now);
-            if (now < chunk.size()) return text;
         }
     } catch (const Error&) {
         return {};
