@@ -109,7 +109,7 @@ class Preparation {
           train_(options.out, "train", tokenizer.file_info(), options.shard_tokens),
           val_(options.out, "val", tokenizer.file_info(), options.shard_tokens) {}
 
-    void add_files(const std::vector<SourceFile>& files);
+    void add_files(std::vector<SourceFile> files);
     PrepareSummary finish();
     void publish() {
         train_.publish();
@@ -117,7 +117,7 @@ class Preparation {
     }
 
   private:
-    std::vector<SourceFile> take_text_files(const std::vector<SourceFile>& files);
+    std::vector<SourceFile> take_text_files(std::vector<SourceFile> files);
     DocumentRules document_rules(std::span<const SourceFile> files) const;
     void store(const Encoded& done);
     void add_entropies(const std::vector<BlockEncoder>& encoders);
@@ -129,12 +129,12 @@ class Preparation {
     int64_t bytes_total_ = 0;
 };
 
-std::vector<SourceFile> Preparation::take_text_files(const std::vector<SourceFile>& files) {
+std::vector<SourceFile> Preparation::take_text_files(std::vector<SourceFile> files) {
     const std::vector<FileKind> kinds = classify(files, options_.threads);
     std::vector<SourceFile> taken;
     for (size_t i = 0; i < files.size(); ++i) {
         switch (kinds[i]) {
-            case FileKind::text: taken.push_back(files[i]); break;
+            case FileKind::text: taken.push_back(std::move(files[i])); break;
             case FileKind::empty: ++summary_.empty_files; break;
             case FileKind::binary: ++summary_.binary_files; break;
             // A copy would be trained on twice, and could be on both sides of the split.
@@ -168,8 +168,8 @@ DocumentRules Preparation::document_rules(std::span<const SourceFile> files) con
     return rules;
 }
 
-void Preparation::add_files(const std::vector<SourceFile>& files) {
-    const std::vector<SourceFile> taken = take_text_files(files);
+void Preparation::add_files(std::vector<SourceFile> files) {
+    const std::vector<SourceFile> taken = take_text_files(std::move(files));
     summary_.files = static_cast<int64_t>(taken.size());
     for (const SourceFile& file : taken) bytes_total_ += file.bytes;
     const DocumentRules rules = document_rules(taken);
@@ -284,7 +284,7 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
     REQUIRE(options.separator.size() <= 4096, "--document-separator: %zu bytes, must be at most 4096", options.separator.size());
     REQUIRE(options.threads >= 1 && options.threads <= 1024, "--threads %d: must be 1 to 1024", options.threads);
     int64_t other_files = 0;
-    const auto files = find_source_files(options.inputs, parse_extensions(options.extensions), &other_files);
+    auto files = find_source_files(options.inputs, parse_extensions(options.extensions), &other_files);
     REQUIRE(!files.empty(), "%s%s: no files with the extensions %s", options.inputs[0].c_str(),
             options.inputs.size() > 1 ? " and the other inputs" : "", options.extensions.c_str());
 
@@ -294,7 +294,7 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
             "--out %s: holds shards already: choose another folder, or replace them with --overwrite", options.out.c_str());
 
     Preparation preparation(options, tokenizer);
-    preparation.add_files(files);
+    preparation.add_files(std::move(files));
     PrepareSummary summary = preparation.finish();
     summary.other_files = other_files;
     for (const fs::path& old : earlier_output(options.out)) fs::remove(old);

@@ -162,6 +162,7 @@ void TokenFileWriter::close() {
     write_header();
     // fclose reports what the buffer could not deliver (a full disk): it must be asked before the rename.
     REQUIRE(std::fclose(file_.release()) == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
+    narrow_ = {};  // closed writers wait for the last one; together they must take no memory to speak of
 }
 
 void TokenFileWriter::publish() {
