@@ -36,9 +36,14 @@ struct EncodedSide {
 };
 
 struct Encoded {
-    std::unique_ptr<TextBlock> block;
+    TextBlock block;
     EncodedSide train, val;
     int64_t bad_lines = 0;
+
+    void clear_results() {
+        for (EncodedSide* side : {&train, &val}) side->ids.clear(), side->documents = side->bytes = 0;
+        bad_lines = 0;
+    }
 };
 
 // Turns blocks into tokens. One a thread, with that thread's share of the counts.
@@ -48,9 +53,9 @@ class BlockEncoder {
         : val_token_counts(tokenizer.vocab_size()), val_byte_counts(256), options_(options), rules_(rules), tokenizer_(tokenizer.clone()) {}
 
     void encode(Encoded& work) {
-        if (work.block->lines) encode_lines(work);
-        for (const TextPart& part : work.block->parts)
-            encode_part(work, std::string_view(work.block->text).substr(part.begin, part.end - part.begin), part.validation,
+        if (work.block.lines) encode_lines(work);
+        for (const TextPart& part : work.block.parts)
+            encode_part(work, std::string_view(work.block.text).substr(part.begin, part.end - part.begin), part.validation,
                         part.begins_document);
     }
 
@@ -78,9 +83,9 @@ class BlockEncoder {
     }
 
     void encode_lines(Encoded& work) {
-        const SourceFile& file = *work.block->lines;
-        int64_t number = work.block->first_line;
-        for (std::string_view rest = work.block->text; !rest.empty(); ++number) {
+        const SourceFile& file = *work.block.lines;
+        int64_t number = work.block.first_line;
+        for (std::string_view rest = work.block.text; !rest.empty(); ++number) {
             const std::string_view line = rest.substr(0, rest.find('\n'));
             rest.remove_prefix(std::min(rest.size(), line.size() + 1));
             if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
@@ -180,14 +185,19 @@ void Preparation::add_files(std::vector<SourceFile> files) {
     TextBlockReader reader(taken, rules);
     const size_t budget = static_cast<size_t>(2 * options_.threads + 2) * kPartBytes;
     size_t bytes = 0;  // of the blocks under way
+    std::vector<std::unique_ptr<Encoded>> spare;  // used again, so that the memory does not fragment
     const auto store_oldest = [&] {
-        const std::unique_ptr<Encoded> done = pool.pop();
-        bytes -= done->block->text.size();
-        store(*done);
+        spare.push_back(pool.pop());
+        bytes -= spare.back()->block.text.size();
+        store(*spare.back());
     };
-    while (std::unique_ptr<TextBlock> block = reader.next()) {
-        bytes += block->text.size();
-        pool.push(std::make_unique<Encoded>(Encoded{.block = std::move(block), .train = {}, .val = {}}));
+    while (true) {
+        if (spare.empty()) spare.push_back(std::make_unique<Encoded>());
+        if (!reader.next(spare.back()->block)) break;
+        bytes += spare.back()->block.text.size();
+        spare.back()->clear_results();
+        pool.push(std::move(spare.back()));
+        spare.pop_back();
         while (!pool.empty() && bytes > budget) store_oldest();
     }
     while (!pool.empty()) store_oldest();
@@ -202,7 +212,7 @@ void Preparation::store(const Encoded& done) {
     summary_.val.documents += done.val.documents;
     summary_.val.bytes += done.val.bytes;
     summary_.bad_lines += done.bad_lines;
-    if (options_.progress) options_.progress(done.block->bytes_consumed, bytes_total_);
+    if (options_.progress) options_.progress(done.block.bytes_consumed, bytes_total_);
 }
 
 void Preparation::add_entropies(const std::vector<BlockEncoder>& encoders) {

@@ -79,18 +79,20 @@ bool TextBlockReader::open_next() {
     return true;
 }
 
-std::unique_ptr<TextBlock> TextBlockReader::next() {
-    auto block = std::make_unique<TextBlock>();
-    while (block->text.size() < kPartBytes && !block->lines && open_next()) {
+bool TextBlockReader::next(TextBlock& block) {
+    block.text.clear();
+    block.parts.clear();
+    block.lines = nullptr;
+    while (block.text.size() < kPartBytes && !block.lines && open_next()) {
         if (!is_json_lines(open_->file))
-            add_documents(*block);
-        else if (block->text.empty())
-            add_lines(*block);
+            add_documents(block);
+        else if (block.text.empty())
+            add_lines(block);
         else
             break;  // lines get a block of their own
     }
-    block->bytes_consumed = bytes_before_ + (open_ ? open_->bytes_consumed() : 0);
-    return block->text.empty() ? nullptr : std::move(block);
+    block.bytes_consumed = bytes_before_ + (open_ ? open_->bytes_consumed() : 0);
+    return !block.text.empty();
 }
 
 // The next kPartBytes of whole lines, or one longer line.

@@ -54,8 +54,8 @@ class TextBlockReader {
   public:
     TextBlockReader(std::span<const SourceFile> files, DocumentRules rules);
     ~TextBlockReader();
-    // The next block, null at the end. Files that change meanwhile are read as far as they go.
-    std::unique_ptr<TextBlock> next();
+    // Replaces `block` by the next one; false at the end. Files that change meanwhile are read as far as they go.
+    bool next(TextBlock& block);
 
   private:
     class OpenFile;

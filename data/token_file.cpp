@@ -147,8 +147,13 @@ void TokenFileWriter::append(std::span<const uint32_t> tokens) {
     REQUIRE(largest < static_cast<uint32_t>(info_.vocab_size), "%s: token %u, must be below the vocabulary size %d",
             path_.c_str(), largest, info_.vocab_size);
     if (bytes_per_token_ == 2) {
-        narrow_.assign(tokens.begin(), tokens.end());
-        write_all(narrow_.data(), narrow_.size() * sizeof(uint16_t));
+        std::array<uint16_t, 8192> narrow;
+        for (auto rest = tokens; !rest.empty();) {
+            const auto now = rest.first(std::min(rest.size(), narrow.size()));
+            std::copy(now.begin(), now.end(), narrow.begin());
+            write_all(narrow.data(), now.size() * sizeof(uint16_t));
+            rest = rest.subspan(now.size());
+        }
     } else {
         write_all(tokens.data(), tokens.size_bytes());
     }
@@ -162,7 +167,6 @@ void TokenFileWriter::close() {
     write_header();
     // fclose reports what the buffer could not deliver (a full disk): it must be asked before the rename.
     REQUIRE(std::fclose(file_.release()) == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
-    narrow_ = {};  // closed writers wait for the last one; together they must take no memory to speak of
 }
 
 void TokenFileWriter::publish() {

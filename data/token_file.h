@@ -6,7 +6,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "data/mapped_file.h"
 
@@ -71,5 +70,4 @@ class TokenFileWriter {
     int32_t bytes_per_token_ = 0;
     bool published_ = false;
     std::unique_ptr<std::FILE, CloseFile> file_;
-    std::vector<uint16_t> narrow_;
 };
