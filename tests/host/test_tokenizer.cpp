@@ -167,7 +167,7 @@ TEST(Gpt2Tokenizer, CutsDoNotChangeTheIds) {
     std::string text;
     for (const GoldenCase& golden : read_golden()) text += golden.text + "word\n" + golden.text + ";\n\n";
     const Ids whole = encode(tokenizer, text);
-    for (const size_t step : {0, 1, 100, 5000}) {
+    for (const size_t step : {1, 100, 5000}) {
         Ids parts;
         size_t cuts = 0;
         for (size_t at = 0; at < text.size(); ++cuts) {
