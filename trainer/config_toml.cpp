@@ -2,9 +2,14 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
-#include <toml++/toml.h>
 
 #include "kernels/common/check.h"
+
+// toml++ asserts what a malformed file can break ("[,"): for us that is an error like any other.
+[[gnu::noinline]] static void malformed() { throw Error("not valid TOML"); }
+#define TOML_ASSERT(condition) (static_cast<bool>(condition) ? void() : malformed())
+#include <toml++/toml.h>
+
 #include "trainer/config_options.h"
 
 namespace {
@@ -88,6 +93,8 @@ void read_toml(const std::string& text, const std::string& file, Config& config)
     toml::table table;
     try {
         table = toml::parse(text, file);
+    } catch (const Error& error) {
+        throw Error(file + ": " + error.what());
     } catch (const toml::parse_error& error) {
         throw Error(message("%s: line %u: %s", file.c_str(), error.source().begin.line, std::string(error.description()).c_str()));
     }

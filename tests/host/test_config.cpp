@@ -118,6 +118,7 @@ TEST(Config, BadFilesAreErrors) {
         {{"lr = \"fast\"\n"}, {"lr: must be a number"}},
         {{"deterministic = 1\n"}, {"deterministic: must be true or false, is 1"}},
         {{"out = x\n"}, {"line 1: "}},
+        {{"[,"}, {"not valid TOML"}},
         {{"out = 5\n"}, {"out: must be text in quotes, is 5"}},
         {{"micro-batch = \"most\"\n"}, {"micro-batch: must be"}},
         {{"print-config = true\n"}, {"unknown key print-config"}},
