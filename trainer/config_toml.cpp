@@ -71,6 +71,33 @@ class FieldReader {
     bool found_ = false;
 };
 
+// TOML has letters beyond ASCII in quotes and comments alone. Elsewhere toml++ 3.3 meets some of them (U+00E9) with
+// __builtin_unreachable, so they must not reach it.
+void require_ascii_outside_quotes(const std::string& text, const std::string& file) {
+    std::string end;  // of the string or comment that we are in; "" outside
+    int line = 1;
+    for (size_t i = text.starts_with("\xEF\xBB\xBF") ? 3 : 0; i < text.size(); ++i) {
+        const char c = text[i];
+        line += c == '\n';
+        if (c == '\n' && end.size() == 1) end.clear();
+        if (end.empty()) {
+            REQUIRE(static_cast<unsigned char>(c) < 0x80, "%s: line %d: not ASCII, outside of quotes and comments", file.c_str(), line);
+            if (c == '#') end = "\n";
+            if (c != '"' && c != '\'') continue;
+            end = text.compare(i, 3, std::string(3, c)) == 0 ? std::string(3, c) : std::string(1, c);
+            i += end.size() - 1;
+        } else if (end[0] == '"' && c == '\\') {
+            line += i + 1 < text.size() && text[i + 1] == '\n';
+            ++i;
+        } else if (text.compare(i, end.size(), end) == 0) {
+            i += end.size() - 1;
+            if (end.size() == 3)  // up to two quotes may stand before the three that end it
+                for (int more = 0; more < 2 && i + 1 < text.size() && text[i + 1] == end[0]; ++more) ++i;
+            end.clear();
+        }
+    }
+}
+
 struct Writer {
     ModelSpec spec;
     std::string text;
@@ -90,6 +117,7 @@ struct Writer {
 }  // namespace
 
 void read_toml(const std::string& text, const std::string& file, Config& config) {
+    require_ascii_outside_quotes(text, file);
     toml::table table;
     try {
         table = toml::parse(text, file);

@@ -119,6 +119,8 @@ TEST(Config, BadFilesAreErrors) {
         {{"deterministic = 1\n"}, {"deterministic: must be true or false, is 1"}},
         {{"out = x\n"}, {"line 1: "}},
         {{"[,"}, {"not valid TOML"}},
+        {{"lr = 1.0  # \xC3\xA9\n\xC3\xA9 = 1\n"}, {"line 2: not ASCII"}},
+        {{"out = \"\"\"a\n\\\"\"\"\xC3\xA9\"\"\"\"\"\n\xC3\xA9"}, {"line 3: not ASCII"}},
         {{"out = 5\n"}, {"out: must be text in quotes, is 5"}},
         {{"micro-batch = \"most\"\n"}, {"micro-batch: must be"}},
         {{"print-config = true\n"}, {"unknown key print-config"}},
