@@ -165,8 +165,8 @@ options: train_gpt_fp8
 .PHONY: test plot layers attention-archs gpu-report gpu-report-check learning mutants
 # libgomp's threads spin at barriers by default, which is ruinous when another program holds a core.
 test run: export OMP_WAIT_POLICY ?= passive
-test: all dev host-tests attention-archs shards/cuda_headers/meta.json
-	$(PYTHON) tests/run_tests.py --build $(BUILD)
+test: all dev host-tests attention-archs fuzz-programs shards/cuda_headers/meta.json
+	$(PYTHON) tests/run_tests.py --build $(BUILD) --fuzz-seconds $(FUZZ_SECONDS)
 layers:
 	$(PYTHON) tests/layers.py
 # make plot RUNS="runs/a runs/b" [PNG=runs.png]
