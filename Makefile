@@ -40,7 +40,6 @@ OPTIONAL := NCCL MPI CUDNN CUDNN_FRONTEND
 SYSTEM_INCLUDES := $(CUDA)/include /usr/include /usr/include/$(shell uname -m)-linux-gnu /usr/local/include
 NCCL_HEADER := nccl.h
 NCCL_FOLDERS := $(SYSTEM_INCLUDES)
-NCCL_LIBS := -lnccl
 NCCL_LOST := no training on several GPUs
 MPI_HEADER := mpi.h
 MPI_FOLDERS := $(shell mpicxx --showme:incdirs 2>/dev/null)

@@ -32,24 +32,12 @@ std::map<std::string, std::string> contents_of(const std::string& folder) {
 // All tokens of one split as text, "|" for end-of-text.
 std::string text_of(const std::string& folder, const std::string& split) {
     std::string text;
-    for (const auto& [name, bytes] : contents_of(folder)) {
-        if (!name.starts_with(split)) continue;
-        const TokenFile file(folder + "/" + name);
-        std::vector<int32_t> tokens(file.size());
-        file.read(0, file.size(), 257, tokens.data());
-        for (const int32_t token : tokens) text += token == 256 ? '|' : static_cast<char>(token);
-    }
+    for (const auto& [name, bytes] : contents_of(folder))
+        if (name.starts_with(split)) text += text_of_shard(folder + "/" + name);
     return text;
 }
 
-PrepareOptions options_for(const std::string& input, const std::string& out) {
-    PrepareOptions options;
-    options.inputs = {input};
-    options.out = out;
-    options.extensions = kTextExtensions;
-    options.val_fraction = 0;
-    return options;
-}
+PrepareOptions options_for(const std::string& input, const std::string& out) { return prepare_options(input, out, kTextExtensions); }
 
 PrepareSummary prepare(const PrepareOptions& options) { return prepare_shards(options, ByteTokenizer()); }
 

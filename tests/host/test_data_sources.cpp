@@ -51,21 +51,10 @@ std::string long_text() {
 
 using Pack = std::string (*)(const std::string&);
 
-std::string all_tokens(const std::string& folder) {
-    std::string text;
-    const TokenFile file(folder + "/train_000000.bin");
-    std::vector<int32_t> tokens(static_cast<size_t>(file.size()));
-    file.read(0, file.size(), 257, tokens.data());
-    for (const int32_t token : tokens) text += token == 256 ? '|' : static_cast<char>(token);
-    return text;
-}
+std::string all_tokens(const std::string& folder) { return text_of_shard(folder + "/train_000000.bin"); }
 
 PrepareOptions options_for(const std::string& input, const std::string& out) {
-    PrepareOptions options;
-    options.inputs = {input};
-    options.out = out;
-    options.extensions = "txt,jsonl";
-    options.val_fraction = 0;
+    PrepareOptions options = prepare_options(input, out, "txt,jsonl");
     options.overwrite = true;
     return options;
 }

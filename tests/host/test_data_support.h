@@ -1,4 +1,4 @@
-// What the data tests share: small shards, and the text of an expected error.
+// What the data tests share: small shards, options of prepare, and the text of an expected error.
 #pragma once
 #include <gtest/gtest.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "data/prepare_shards.h"
 #include "data/token_file.h"
 #include "tests/host/temp_folder.h"
 
@@ -24,6 +25,26 @@ inline std::string write_shard(const std::string& path, uint32_t first, size_t c
     writer.append(tokens);
     writer.publish();
     return path;
+}
+
+// All byte tokens of a shard as text, "|" for end-of-text.
+inline std::string text_of_shard(const std::string& path) {
+    const TokenFile file(path);
+    std::vector<int32_t> tokens(file.size());
+    file.read(0, file.size(), 257, tokens.data());
+    std::string text;
+    for (const int32_t token : tokens) text += token == 256 ? '|' : static_cast<char>(token);
+    return text;
+}
+
+// Everything into the training split.
+inline PrepareOptions prepare_options(const std::string& input, const std::string& out, const std::string& extensions) {
+    PrepareOptions options;
+    options.inputs = {input};
+    options.out = out;
+    options.extensions = extensions;
+    options.val_fraction = 0;
+    return options;
 }
 
 // EXPECT_ERROR(action, part, ...): an Error of one line that contains every part.
