@@ -134,6 +134,62 @@ std::vector<int64_t> odd_counts(bool small) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Several steps
 
+// A parameter in double, and how far the float one may be from it: the float operations of kernels/adamw.cu one by one, each
+// off by at most u = 2^-24 of its result, carried from step to step. A sum's terms may cancel, as those of m do when its
+// signs differ: then the bound is large beside the result, and relative to it no bound would hold.
+constexpr double kU = 0x1p-24;
+constexpr double kSmallest = 0x1p-149;      // what an underflow costs
+constexpr double kSecondOrder = 1 + 0x1p-10;  // products of two roundings, of which there are far fewer than 2^14 u
+
+struct Element {
+    double p = 0, m = 0, v = 0;
+    double error_p = 0, error_m = 0, error_v = 0;
+};
+
+struct StepScalars {
+    double b1, b2, eps, learning_rate, clip, correction1, correction2;
+    // Of clip = limit / (norm + 1e-6): the partial sums are floats, half of which is left after the root; then the norm, the
+    // sum and the quotient are rounded. 1 is exact.
+    double clip_error() const { return clip < 1 ? 3.5 * kU : 0; }
+};
+
+void step(Element& e, double grad, double decay, const StepScalars& s) {
+    const double g = grad * s.clip, g_error = s.clip_error() + kU;  // relative
+    // m = fma(b1, m, (1 - b1) * g), v = fma(b2, v, ((1 - b2) * g) * g); 1 - b is exact
+    const double m_term = (1 - s.b1) * g, v_term = (1 - s.b2) * g * g;
+    e.m = s.b1 * e.m + m_term;
+    e.v = s.b2 * e.v + v_term;
+    e.error_m = s.b1 * e.error_m + std::fabs(m_term) * (g_error + kU) + kU * std::fabs(e.m) + kSmallest;
+    e.error_v = s.b2 * e.error_v + v_term * (2 * g_error + 2 * kU) + kU * e.v + kSmallest;
+
+    // 1 / sqrt(1 - b2^t): half of the correction's rounding, the root's, the quotient's; then the root of v, and the fma with eps
+    const double root = std::sqrt(e.v / s.correction2), denominator = root + s.eps;
+    const double root_error = e.v > 0 ? root * (0.5 * e.error_v / e.v + 3.5 * kU) : std::sqrt(kSmallest / s.correction2);
+    // lr / (1 - b1^t): the correction's rounding and the quotient's; then m / denominator
+    const double update = s.learning_rate / s.correction1 * e.m / denominator;
+    const double update_error = s.learning_rate / s.correction1 * e.error_m / denominator +
+                                std::fabs(update) * (root_error / denominator + kU + 2 * kU + kU);
+    // 1 - lr * decay: the product's rounding and the difference's; p * that; the last fma
+    const double keep = 1 - s.learning_rate * decay, kept = e.p * keep;
+    e.error_p = keep * e.error_p + std::fabs(e.p) * (s.learning_rate * decay + 1) * kU + kU * std::fabs(kept) + update_error;
+    e.p = kept - update;
+    e.error_p += kU * std::fabs(e.p);
+}
+
+// Every element within its bound; the figure is the one that uses most of it.
+void expect_within(Report& report, const std::string& name, const std::string& shape, const std::vector<float>& got,
+                   const std::vector<Element>& reference, double Element::*value, double Element::*error) {
+    double most = 0;
+    size_t worst = 0;
+    for (size_t i = 0; i < got.size(); i++) {
+        const double off = std::fabs(double(got[i]) - reference[i].*value), bound = kSecondOrder * reference[i].*error;
+        const double share = off == 0 ? 0 : off / bound;
+        if (!(share <= most)) most = std::isnan(share) ? kInfinity : share, worst = i;  // a NaN is the worst
+    }
+    report.expect(name, shape, most <= 1, message("%.2f of the bound, [%zu] %.9g, expected %.9g +- %.1e", most, worst, double(got[worst]),
+                                                  reference[worst].*value, kSecondOrder * reference[worst].*error));
+}
+
 void check_steps(Report& report, float max_grad_norm) {
     Model model(odd_counts(report.small_only));
     const AdamWConfig config{.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 0.1f,
@@ -144,9 +200,9 @@ void check_steps(Report& report, float max_grad_norm) {
     for (size_t i = 0; i < n; i++)
         if (!used[i]) params[i] = 123.0f, m[i] = 124.0f, v[i] = 125.0f;  // padding
     model.params->upload(params), model.m->upload(m), model.v->upload(v);
-    std::vector<double> p64(params.begin(), params.end()), m64(n, 0.0), v64(n, 0.0);
+    std::vector<Element> reference(n);  // zeros in the padding
     for (size_t i = 0; i < n; i++)
-        if (!used[i]) p64[i] = 0.0;
+        if (used[i]) reference[i].p = params[i];
 
     const float rates[] = {0.3f, 1e-3f, 0.05f, 0.2f, 6e-4f};
     int64_t t = 0;
@@ -166,16 +222,13 @@ void check_steps(Report& report, float max_grad_norm) {
         t += 1;
 
         const double clip = max_grad_norm > 0 ? std::min(1.0, max_grad_norm / (norm + 1e-6)) : 1.0;
-        const double b1 = double(config.beta1), b2 = double(config.beta2), eps = double(config.eps), lr = double(rate);
+        const double b1 = double(config.beta1), b2 = double(config.beta2);
         const double correction1 = 1 - std::pow(b1, double(t)), correction2 = 1 - std::pow(b2, double(t));
+        const StepScalars scalars{.b1 = b1, .b2 = b2, .eps = double(config.eps), .learning_rate = double(rate), .clip = clip,
+                                  .correction1 = correction1, .correction2 = correction2};
         for (const AdamWTensor& tensor : model.tensors)
-            for (int64_t i = tensor.offset; i < tensor.offset + tensor.count; i++) {
-                const double g = double(grads[i]) * clip;
-                m64[i] = b1 * m64[i] + (1 - b1) * g;
-                v64[i] = b2 * v64[i] + (1 - b2) * g * g;
-                p64[i] *= 1 - lr * double(tensor.weight_decay);
-                p64[i] -= lr * (m64[i] / correction1) / (std::sqrt(v64[i] / correction2) + eps);
-            }
+            for (int64_t i = tensor.offset; i < tensor.offset + tensor.count; i++)
+                step(reference[i], double(grads[i]), double(tensor.weight_decay), scalars);
 
         const std::string shape = message("step %lld, max norm %g", (long long)t, double(max_grad_norm));
         const StepState state = model.state.download()[0];
@@ -196,12 +249,9 @@ void check_steps(Report& report, float max_grad_norm) {
                 padding &= params[i] == 123.0f && m[i] == 124.0f && v[i] == 125.0f;
                 params[i] = m[i] = v[i] = 0.0f;  // out of the comparisons: they would hide errors of small tensors
             }
-        // The float state starts each step within a few roundings of the double one, and a step adds about eight
-        // roundings of 2^-24 to weights and moments of its own size: 1e-6 leaves a factor of two after five steps.
-        // Moments of 1e-6-sized gradients are compared by their own size: absolute 0.
-        report.compare("params", shape, params, p64, 1, model.elements, {.relative = 1e-6, .absolute = 1e-6});
-        report.compare("m", shape, m, m64, 1, model.elements, {.relative = 1e-6, .absolute = 1e-30});
-        report.compare("v", shape, v, v64, 1, model.elements, {.relative = 1e-6, .absolute = 1e-30});
+        expect_within(report, "params", shape, params, reference, &Element::p, &Element::error_p);
+        expect_within(report, "m", shape, m, reference, &Element::m, &Element::error_m);
+        expect_within(report, "v", shape, v, reference, &Element::v, &Element::error_v);
         report.expect("copies, slots, padding, guards", shape, copies && slots && padding && model.guards_intact(),
                       message("copies %d slots %d padding %d", copies, slots, padding));
     }
