@@ -6,7 +6,7 @@
 One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps,
 cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
 kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
-exclusion is a skipped result with its reason. dev/attention runs none of cuDNN's kernels in its small mode.
+exclusion is a skipped result with its reason; the program's other kernels are judged. dev/attention runs none of cuDNN's kernels in its small mode.
 """
 import argparse
 import concurrent.futures
@@ -23,13 +23,17 @@ BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels; ours are racechecked by their own programs"}
 OTHER_TOOLS = "; memcheck, initcheck and synccheck cover these kernels"
-# (tool, program): why the tool cannot judge the kernels of a file, whose name is part of their mangled names.
-EXCLUDED = {("racecheck", "attention"): {
-    "hopper_forward": "racecheck does not follow mbarriers in PTX, which order TMA's writes of Q, K and V and the position of the next tile that the "
-                      "producer stores for its consumers (mailbox), the only ordinary store handed over" + OTHER_TOOLS,
-    "hopper_backward": "racecheck does not follow mbarriers in PTX: it reports LSE and delta, floats that one warp stores and another reads after "
-                       "waiting for their mbarrier" + OTHER_TOOLS}}
-PREFIX = "hopper_"  # the tool is given one part of a name; files_without_reason() sees to it that nothing else hides behind it
+# (tool, program): the part of mangled kernel names that the tool is told to leave out, which may be that of a file, and of
+# each file or kernel that has it, why the tool cannot judge it. without_reason() sees to it that nothing else hides behind the part.
+EXCLUDED = {
+    ("racecheck", "attention"): ("hopper_", {
+        "hopper_forward.cu": "racecheck does not follow mbarriers in PTX, which order TMA's writes of Q, K and V and the position of the next tile that the "
+                             "producer stores for its consumers (mailbox), the only ordinary store handed over" + OTHER_TOOLS,
+        "hopper_backward.cu": "racecheck does not follow mbarriers in PTX: it reports LSE and delta, floats that one warp stores and another reads after "
+                              "waiting for their mbarrier" + OTHER_TOOLS}),
+    ("racecheck", "ptx"): ("ring_kernel", {
+        "ring_kernel": "racecheck does not follow mbarriers in PTX, the only order between a chunk's copy, its readers and the copy over it: the readers meet "
+                       "at a named barrier, then one arrives at the mbarrier (release) for which the producer waits (acquire) before it copies again" + OTHER_TOOLS})}
 SUMMARY = re.compile(r"(ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: [^\n]*)")
 CLEAN = re.compile(r"ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)")
 TIMEOUT_S = 540
@@ -39,9 +43,15 @@ def programs():
     return sorted(p.stem for p in (ROOT / "dev").glob("*.cu") if "run_dev_program(" in p.read_text())
 
 
-def files_without_reason():
-    reasons = {name for files in EXCLUDED.values() for name in files}
-    return sorted({p.stem for p in (ROOT / "kernels").rglob("*.cu") if PREFIX in p.stem} ^ reasons)
+def without_reason():
+    """Files and kernels that an excluded part of a name hides with no reason given, and reasons for what is not there."""
+    found = []
+    for (_, program), (part, reasons) in EXCLUDED.items():
+        files = [p for p in (ROOT / "kernels").rglob("*.cu") if part in p.stem]
+        kernels = re.findall(r"^__global__[^;{]*?(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)", "", (ROOT / "dev" / f"{program}.cu").read_text()), re.M)
+        found += {p.name for p in files} ^ {name for name in reasons if name.endswith(".cu")}
+        found += {name for name in kernels if part in name} ^ {name for name in reasons if not name.endswith(".cu")}
+    return sorted(found)
 
 
 def run(tool, program):
@@ -49,7 +59,7 @@ def run(tool, program):
     if (tool, program) in LEFT_OUT:
         return {"name": name, "status": "skip", "figure": LEFT_OUT[tool, program]}
     start = time.monotonic()
-    excluded = ["--kernel-name-exclude", f"kernel_substring={PREFIX}"] if (tool, program) in EXCLUDED else []
+    excluded = ["--kernel-name-exclude", f"kernel_substring={EXCLUDED[tool, program][0]}"] if (tool, program) in EXCLUDED else []
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *excluded, str(BUILD / "dev" / program), "check", "--small"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
@@ -77,10 +87,10 @@ def main():
     work = [(tool, program) for program in arguments.programs or programs() for tool in TOOLS]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         tests = list(pool.map(lambda item: run(*item), work))
-    tests += [{"name": f"sanitizer: {tool} {program}, kernels of {name}.cu", "status": "skip", "figure": reason}
-              for (tool, program), files in EXCLUDED.items() if (tool, program) in work for name, reason in files.items()]
-    tests += [{"name": f"sanitizer: {name}.cu", "status": "fail", "figure": f"kernels/**/{PREFIX}*.cu and the reasons to exclude them differ"}
-              for name in files_without_reason()]
+    tests += [{"name": f"sanitizer: {tool} {program}, {'kernels of ' if name.endswith('.cu') else ''}{name}", "status": "skip", "figure": reason}
+              for (tool, program), (_, reasons) in EXCLUDED.items() if (tool, program) in work for name, reason in reasons.items()]
+    tests += [{"name": f"sanitizer: {name}", "status": "fail", "figure": "is excluded from a tool without a reason, or has a reason and is not there"}
+              for name in without_reason()]
     for test in tests:
         print(f"{test['name']} | {test['figure']} | {test['status']}")
     if arguments.json:
