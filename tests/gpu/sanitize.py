@@ -3,7 +3,7 @@
 
     sanitize.py [--json FILE] [--jobs N] [PROGRAM...]
 
-One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps,
+Many run at a time, spread over the machine's GPUs, the longest first. One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps,
 cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
 kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
 exclusion is a skipped result with its reason; the program's other kernels are judged. dev/attention runs none of cuDNN's kernels in its small mode.
@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,12 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
-LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels; ours are racechecked by their own programs"}
+LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels; ours are racechecked by their own programs",
+            ("racecheck", "collectives"): "runs NCCL's kernels and none of ours, and NCCL gives up under it"}
+# What a library asks of the driver while it finds out what it can use, which memcheck reports as errors of CUDA's API. Our own calls
+# are all checked, and accesses of memory are reported in any case.
+API_ERRORS = {"collectives": "NCCL asks for kernels that it has for other GPUs only"}
+SLOWEST = ("engines", "attention", "layernorm", "embedding", "gemm", "quantize")
 OTHER_TOOLS = "; memcheck, initcheck and synccheck cover these kernels"
 # (tool, program): the part of mangled kernel names that the tool is told to leave out, which may be that of a file, and of
 # each file or kernel that has it, why the tool cannot judge it. without_reason() sees to it that nothing else hides behind the part.
@@ -54,15 +60,17 @@ def without_reason():
     return sorted(found)
 
 
-def run(tool, program):
+def run(tool, program, gpu):
     name = f"sanitizer: {tool} {program}"
     if (tool, program) in LEFT_OUT:
         return {"name": name, "status": "skip", "figure": LEFT_OUT[tool, program]}
     start = time.monotonic()
     excluded = ["--kernel-name-exclude", f"kernel_substring={EXCLUDED[tool, program][0]}"] if (tool, program) in EXCLUDED else []
+    if program in API_ERRORS and tool == "memcheck":
+        excluded += ["--report-api-errors", "no"]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *excluded, str(BUILD / "dev" / program), "check", "--small"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
     except subprocess.TimeoutExpired:
         return {"name": name, "status": "fail", "figure": f"not finished after {TIMEOUT_S} s"}
     output = done.stdout + done.stderr
@@ -71,8 +79,9 @@ def run(tool, program):
     ok = done.returncode == 0 and summary and all(CLEAN.fullmatch(s) for s in summary)
     if not ok:
         print("\n".join(line for line in output.splitlines() if "| ok" not in line)[-4000:])
-    return {"name": name, "status": "pass" if ok else "fail",
-            "figure": f"{summary[-1] if summary else 'no summary'}; {checks[0] if checks else 'no checks'}; {time.monotonic() - start:.0f} s"}
+    figure = f"{summary[-1] if summary else 'no summary'}; {checks[0] if checks else 'no checks'}; {time.monotonic() - start:.0f} s"
+    print(f"{name} | {figure} | {'pass' if ok else 'fail'}", flush=True)
+    return {"name": name, "status": "pass" if ok else "fail", "figure": figure}
 
 
 def main():
@@ -81,18 +90,22 @@ def main():
     parser.add_argument("--json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    if subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
+    gpus = len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()) if shutil.which("nvidia-smi") else 0
+    if gpus == 0:
         print("sanitize: skipped: no GPU")
         return 77
-    work = [(tool, program) for program in arguments.programs or programs() for tool in TOOLS]
+    chosen = sorted(arguments.programs or programs(), key=lambda program: (SLOWEST + (program,)).index(program))
+    work = sorted(((tool, program) for program in chosen for tool in TOOLS), key=lambda item: item != ("racecheck", "attention"))
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        tests = list(pool.map(lambda item: run(*item), work))
+        tests = list(pool.map(lambda turn: run(*turn[1], turn[0] % gpus), enumerate(work)))
     tests += [{"name": f"sanitizer: {tool} {program}, {'kernels of ' if name.endswith('.cu') else ''}{name}", "status": "skip", "figure": reason}
               for (tool, program), (_, reasons) in EXCLUDED.items() if (tool, program) in work for name, reason in reasons.items()]
     tests += [{"name": f"sanitizer: {name}", "status": "fail", "figure": "is excluded from a tool without a reason, or has a reason and is not there"}
               for name in without_reason()]
-    for test in tests:
-        print(f"{test['name']} | {test['figure']} | {test['status']}")
+    tests += [{"name": f"sanitizer: memcheck {program}, errors of CUDA's API", "status": "skip", "figure": reason} for program, reason in API_ERRORS.items() if program in chosen]
+    for test in [test for test in tests if test["status"] == "skip"]:
+        print(f"{test['name']} | {test['figure']} | skip")
+    print(f"{sum(test['status'] == 'pass' for test in tests)} passed, {sum(test['status'] == 'fail' for test in tests)} failed")
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps({"tests": tests, "bench": []}, indent=1) + "\n")
     return 1 if any(test["status"] == "fail" for test in tests) else 0
