@@ -50,6 +50,21 @@ def test_training_rows_are_told_apart():
     assert statuses("train", "Card", [row, deterministic, another_program]) == ["pass"]
 
 
+def test_the_fastest_peer_decides():
+    floor = "[Card]\nk | f [ours] c | best_peer_ratio | >= 1.0"
+
+    def status(*peers):
+        rows = [{"kind": "kernel", "name": "f [ours]", "case": "c", "us": 10.0}, {"kind": "kernel", "name": "f [ours]", "case": "other", "us": 1.0}, *peers]
+        return [test["status"] for test in floors.tests("k", "Card", rows, floor)]
+
+    cudnn = {"kind": "kernel", "name": "f [cudnn]", "case": "c", "us": 11.0}
+    torch = {"kind": "kernel", "program": "PyTorch", "name": "f", "case": "c", "us": 12.0}
+    assert status(cudnn, torch) == status(cudnn) == status(torch) == ["pass"]
+    assert status(cudnn, torch | {"us": 9.9}) == ["fail"]
+    assert status(cudnn | {"us": 9.9}, torch) == ["fail"]
+    assert status() == ["fail"], "without a peer there is no ratio"
+
+
 def test_lines_of_another_form_are_refused():
     for text in ("k | copy | us | <= 1", "[Card]\nk | copy | us | 1", "[Card]\nk | us | >= 1"):
         try:

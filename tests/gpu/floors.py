@@ -2,6 +2,9 @@
 
 A line is `report | row | figure | bound`, below a [device name as nvidia-smi has it]. The row is a kernel's `name case`, or a
 training row's `model recipe`, with ` deterministic` or ` attention BACKEND` behind it when its command says so. A bound is `>= x` or `<= x`.
+
+The figure `best_peer_ratio` of a kernel `NAME [backend] CASE` is the time of the fastest peer over its own: of the rows of other
+programs called `NAME CASE`, and of NAME's row with the backend cudnn. All ran in the same call.
 """
 import operator
 import pathlib
@@ -37,12 +40,25 @@ def label(row):
     return f"{row['model']} {row['recipe']}" + (" deterministic" if "--deterministic" in command else "") + (f" attention {attention[1]}" if attention else "")
 
 
+def with_best_peer(bench):
+    """The rows, those that have peers with `best_peer_ratio`."""
+    def key(row):
+        return re.sub(r" \[\w+\]$", "", row["name"]), row["case"]
+    kernels = [row for row in bench if row["kind"] == "kernel" and row.get("us")]
+    peers = {}
+    for row in kernels:
+        if "program" in row or row["name"].endswith("[cudnn]"):
+            peers.setdefault(key(row), []).append(row["us"])
+    return [row | {"best_peer_ratio": min(peers[key(row)]) / row["us"]} if row in kernels and key(row) in peers else row for row in bench]
+
+
 def tests(report, device, bench, text=None):
     """One test a floor of this report and device. A floor that no row or several rows answer to fails: it guards nothing.
     On a device without floors, one skipped test says so for a report that has floors elsewhere."""
     floors, results = parse(FILE.read_text() if text is None else text), []
     if device not in floors and any(name == report for lines in floors.values() for name, *_ in lines):
         return [{"name": "floors", "status": "skip", "figure": f"floors.txt has none for {device}"}]
+    bench = with_best_peer(bench)
     for name, row, figure, sign, bound in floors.get(device, []):
         if name != report:
             continue
