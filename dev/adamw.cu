@@ -17,6 +17,9 @@ constexpr int kPartials = 1024;
 
 int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
+// Where the gradients lie: as the parameters do, or from the last tensor to the first (as ranks' buffers may differ).
+enum class GradOrder { of_parameters, reversed };
+
 // Parameters on the device, in flat arrays with padding between the tensors.
 struct Model {
     std::vector<AdamWTensor> tensors;
@@ -29,14 +32,16 @@ struct Model {
     DeviceBuffer<StepState> state{std::vector<StepState>{StepState{}}};
     DeviceBuffer<float> partials{size_t(kPartials)};
 
-    explicit Model(const std::vector<int64_t>& counts) {
+    explicit Model(const std::vector<int64_t>& counts, GradOrder grad_order = GradOrder::of_parameters) {
         for (const int64_t count : counts) {
             const size_t i = tensors.size();
             // Two in three have a copy, two in three a slot, every other one decays.
-            tensors.push_back({.offset = elements, .count = count, .bf16_copy = nullptr, .slot = nullptr,
+            tensors.push_back({.offset = elements, .grad_offset = elements, .count = count, .bf16_copy = nullptr, .slot = nullptr,
                                .weight_decay = i % 2 ? 0.1f : 0.0f, .first_block = -1});
             elements += padded(count);
         }
+        for (AdamWTensor& t : tensors)
+            if (grad_order == GradOrder::reversed) t.grad_offset = elements - t.offset - padded(t.count);
         params = std::make_unique<DeviceBuffer<float>>(size_t(elements));
         grads = std::make_unique<DeviceBuffer<float>>(size_t(elements));
         m = std::make_unique<DeviceBuffer<float>>(size_t(elements));
@@ -68,6 +73,12 @@ struct Model {
         std::vector<bool> in_tensor(size_t(elements), false);
         for (const AdamWTensor& t : tensors) std::fill_n(in_tensor.begin() + t.offset, t.count, true);
         return in_tensor;
+    }
+    // Gradients given in the order of the parameters, as they lie in `grads`.
+    void upload_grads(const std::vector<float>& values) {
+        std::vector<float> arranged(values.size(), 0.0f);
+        for (const AdamWTensor& t : tensors) std::copy_n(values.begin() + t.offset, t.count, arranged.begin() + t.grad_offset);
+        grads->upload(arranged);
     }
     template <class T>
     std::vector<T> of_tensor(const std::vector<T>& flat, const AdamWTensor& t) const {
@@ -190,8 +201,8 @@ void expect_within(Report& report, const std::string& name, const std::string& s
                                                   reference[worst].*value, kSecondOrder * reference[worst].*error));
 }
 
-void check_steps(Report& report, float max_grad_norm) {
-    Model model(odd_counts(report.small_only));
+void check_steps(Report& report, float max_grad_norm, GradOrder grad_order = GradOrder::of_parameters) {
+    Model model(odd_counts(report.small_only), grad_order);
     const AdamWConfig config{.beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 0.1f,
                              .max_grad_norm = max_grad_norm};
     const size_t n = size_t(model.elements);
@@ -211,7 +222,7 @@ void check_steps(Report& report, float max_grad_norm) {
         std::vector<float> grads = random_normal(n, t % 2 ? 1e-6f : 0.01f);
         for (size_t i = 0; i < n; i++)
             if (!used[i] || i % 97 == 0) grads[i] = 0.0f;
-        model.grads->upload(grads);
+        model.upload_grads(grads);
         const double norm = std::sqrt(upload_partials(model, grads));
         begin_step(model, rate, 3.5f);
         optimizer_prepare(model.prepare(config), nullptr);
@@ -230,7 +241,8 @@ void check_steps(Report& report, float max_grad_norm) {
             for (int64_t i = tensor.offset; i < tensor.offset + tensor.count; i++)
                 step(reference[i], double(grads[i]), double(tensor.weight_decay), scalars);
 
-        const std::string shape = message("step %lld, max norm %g", (long long)t, double(max_grad_norm));
+        const std::string shape = message("step %lld, max norm %g%s", (long long)t, double(max_grad_norm),
+                                          grad_order == GradOrder::reversed ? ", gradients reversed" : "");
         const StepState state = model.state.download()[0];
         const auto close = [](float a, double b) { return std::fabs(double(a) - b) <= 3e-7 * std::fabs(b); };
         report.expect("prepare", shape,
@@ -351,6 +363,7 @@ void check_refresh(Report& report) {
 void checks(Report& report) {
     check_steps(report, 1.0f);
     check_steps(report, 0.0f);
+    check_steps(report, 1.0f, GradOrder::reversed);
     check_clip(report);
     check_skip(report);
     check_refresh(report);

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_kernel(const AdamWUpdate p)
             const int64_t at = tensor.offset + i;
             weight[k] = load_up_to_4(p.params + at, left);
             if constexpr (kUpdate) {
-                grad[k] = load_up_to_4(p.grads + at, left);
+                grad[k] = load_up_to_4(p.grads + tensor.grad_offset + i, left);
                 m[k] = load_up_to_4(p.m + at, left);
                 v[k] = load_up_to_4(p.v + at, left);
             }
@@ -180,6 +180,8 @@ int adamw_plan(AdamWTensor* tensors, int count) {
         AdamWTensor& t = tensors[i];
         REQUIRE(t.offset >= 0 && t.offset % 64 == 0, "adamw: tensor %d: offset=%lld must be a multiple of 64", i,
                 static_cast<long long>(t.offset));
+        REQUIRE(t.grad_offset >= 0 && t.grad_offset % 4 == 0, "adamw: tensor %d: grad_offset=%lld must be a multiple of 4", i,
+                static_cast<long long>(t.grad_offset));
         REQUIRE(t.count > 0, "adamw: tensor %d: count=%lld must be positive", i, static_cast<long long>(t.count));
         REQUIRE(reinterpret_cast<uintptr_t>(t.bf16_copy) % 8 == 0,
                 "adamw: tensor %d: bf16_copy=%p must be 8-byte aligned", i, static_cast<void*>(t.bf16_copy));

@@ -13,9 +13,10 @@
 #include "kernels/common/quant_slot.h"
 #include "kernels/common/step_state.h"
 
-// One parameter: a slice of the flat arrays. `offset` and padded size are multiples of 64 elements.
+// One parameter, or a rank's part of one: a slice of the flat arrays. `offset` and padded size are multiples of 64 elements.
 struct AdamWTensor {
-    int64_t offset;           // in elements, into params, grads, m, v
+    int64_t offset;           // in elements, into params, m, v
+    int64_t grad_offset;      // into grads, which may be laid out in another way; a multiple of 4
     int64_t count;            // elements
     __nv_bfloat16* bf16_copy; // rounded copy for BF16 consumers, or null
     QuantSlot* slot;          // amax of the updated weights is raised here (zeroed by optimizer_prepare), or null

@@ -38,7 +38,7 @@ std::vector<AdamWTensor> adamw_tensors(const ParameterList& list, const GpuModel
     std::vector<AdamWTensor> tensors;
     for (size_t i = 0; i < list.all.size(); ++i) {
         const Parameter& p = list.all[i];
-        tensors.push_back({.offset = p.offset, .count = p.padded_count(), .bf16_copy = model.bf16_copy(int(i)),
+        tensors.push_back({.offset = p.offset, .grad_offset = p.offset, .count = p.padded_count(), .bf16_copy = model.bf16_copy(int(i)),
                            .slot = model.weight_slot(int(i)), .weight_decay = p.decays ? weight_decay : 0.0f, .first_block = 0});
     }
     return tensors;
