@@ -3,22 +3,17 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <optional>
 
 #include "dev/harness.h"
+#include "dev/parts/quantize/pieces.h"
+#include "dev/parts/quantize/slots.h"
+#include "dev/parts/quantize/weights.h"
 #include "kernels/common/device.cuh"
 #include "trainer/reference/quantizer.h"
 
 namespace {
-constexpr Dtype kFormats[] = {Dtype::e4m3, Dtype::e5m2};
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-std::string shape_text(int64_t rows, int64_t cols) { return message("%lldx%lld", (long long)rows, (long long)cols); }
-
 // The product's kernel must not be its own reference: the GELU is rounded here, and the codes are made on the host.
 __global__ void rounded_gelu(const bf16* x, bf16* y, int64_t n) {
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -51,19 +46,6 @@ std::vector<T> transposed(const std::vector<T>& x, int64_t rows, int64_t cols) {
     for (int64_t c = 0; c < cols; c++)
         for (int64_t r = 0; r < rows; r++) y[c * rows + r] = x[r * cols + c];
     return y;
-}
-
-QuantSlot measured_slot(float amax) {
-    return {.inv_scale = kNan, .scale = kNan, .amax_bits = std::bit_cast<uint32_t>(amax), .unused = 0x12345678u};
-}
-bool same_number(float a, float b) {
-    return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b) || (std::isnan(a) && std::isnan(b));
-}
-// Scale and reciprocal as the host computes them; nothing else of the slot may have changed.
-bool slot_is_right(const QuantSlot& slot, float amax, Dtype format) {
-    const float scale = scale_from_amax(amax, format);
-    return same_number(slot.scale, scale) && same_number(slot.inv_scale, 1.0f / scale) &&
-           slot.amax_bits == std::bit_cast<uint32_t>(amax) && slot.unused == 0x12345678u;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -241,116 +223,6 @@ void check_amax(Report& report) {
                   amax_f32);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Weights
-
-// Values that decide a rounding when the scale is 1: codes, midpoints, and the floats on both sides of each.
-std::vector<float> rounding_edges(Dtype format) {
-    std::vector<float> edges = {0.0f, -0.0f, 1e-45f, 1e30f, kInfinity, -kInfinity, kNan};
-    for (int code = 0; code < 256; code++) {
-        const float value = decode_fp8(uint8_t(code), format), next = decode_fp8(uint8_t(code + 1), format);
-        if (!std::isfinite(value)) continue;
-        for (const float center : {value, std::isfinite(next) ? (value + next) / 2 : value})
-            for (const float x : {center, std::nextafter(center, kInfinity), std::nextafter(center, -kInfinity)})
-                edges.push_back(x);
-    }
-    return edges;
-}
-
-struct WeightSet {
-    struct Shape {
-        int N, K;
-    };
-    std::vector<Shape> shapes;
-    std::vector<size_t> offsets;  // in elements; the gaps are padding that must stay as it is
-    size_t elements = 0;
-    explicit WeightSet(std::vector<Shape> of) : shapes(std::move(of)) {
-        for (const auto [N, K] : shapes) {
-            offsets.push_back(elements);
-            elements += size_t(ceil_div(int64_t(N) * K, 64) * 64);
-        }
-    }
-    std::vector<QuantizeWeight> table(const float* master, uint8_t* q, uint8_t* qt, QuantSlot* slots) const {
-        std::vector<QuantizeWeight> rows;
-        for (size_t i = 0; i < shapes.size(); i++)
-            rows.push_back({.master = master + offsets[i], .q = q + offsets[i], .qt = qt + offsets[i],
-                            .slot = slots + i, .N = shapes[i].N, .K = shapes[i].K, .first_tile = -1});
-        return rows;
-    }
-};
-
-void check_weights(Report& report, Dtype format) {
-    const std::vector<float> edges = rounding_edges(format);
-    std::vector<WeightSet::Shape> shapes = {{1, 1},     {16, 16},   {3, 5},     {1, int(edges.size())}, {128, 128},
-                                            {384, 128}, {130, 257}, {272, 144}, {64, 48},               {127, 129}};
-    constexpr size_t kEdges = 3, kZeros = 8;
-    for (int i = 0; i < 300; i++) shapes.push_back({16 + i % 3, 32});  // more tensors than a block has threads
-    if (!report.small_only) shapes.insert(shapes.end(), {{768, 3072}, {2304, 768}, {1600, 6400}});
-    const WeightSet set(shapes);
-    std::vector<float> master = random_normal(set.elements, 0.02f);
-    std::copy(edges.begin(), edges.end(), master.begin() + int64_t(set.offsets[kEdges]));
-    std::fill_n(master.begin() + int64_t(set.offsets[kZeros]), shapes[kZeros].N * shapes[kZeros].K, 0.0f);
-
-    const DeviceBuffer<float> in(master);
-    DeviceBuffer<uint8_t> q(set.elements), qt(set.elements);
-    DeviceBuffer<QuantSlot> slots(std::vector<QuantSlot>(shapes.size(), measured_slot(0.0f)));
-    std::vector<QuantizeWeight> table = set.table(in.get(), q.get(), qt.get(), slots.get());
-    for (const QuantizeWeight& w : table) amax_f32(w.master, int64_t(w.N) * w.K, w.slot, nullptr);
-    std::vector<QuantSlot> measured = slots.download();
-    measured[kEdges].amax_bits = std::bit_cast<uint32_t>(fp8_max(format));  // scale 1
-    slots.upload(measured);
-    const int64_t tiles = quantize_weights_plan(table.data(), int(table.size()));
-    const DeviceBuffer<QuantizeWeight> device_table(table);
-    const DeviceBuffer<uint32_t> skip(std::vector<uint32_t>{1}), keep(std::vector<uint32_t>{0});
-    const DeviceBuffer<uint32_t> flag(std::vector<uint32_t>{0});
-    const auto run = [&](const uint32_t* skip_flag) {
-        quantize_weights(device_table.get(), int(table.size()), tiles, format, skip_flag, flag.get(), nullptr);
-    };
-
-    const std::vector<uint8_t> untouched(set.elements, 0xff);
-    run(skip.get());
-    const std::vector<QuantSlot> slots_skipped = slots.download();
-    report.expect("weights skipped", name_of(format),
-                  q.download() == untouched && qt.download() == untouched &&
-                      std::memcmp(slots_skipped.data(), measured.data(), measured.size() * sizeof(QuantSlot)) == 0,
-                  "nothing written");
-
-    std::vector<uint8_t> expected(untouched), expected_transposed(untouched);
-    bool slots_right = true;
-    for (size_t i = 0; i < shapes.size(); i++) {
-        const auto [N, K] = shapes[i];
-        const float scale = scale_from_amax(std::bit_cast<float>(measured[i].amax_bits), format);
-        for (int n = 0; n < N; n++)
-            for (int k = 0; k < K; k++) {
-                const size_t at = set.offsets[i] + size_t(n) * K + k;
-                expected[at] = encode_fp8(master[at] * scale, format);
-                expected_transposed[set.offsets[i] + size_t(k) * N + n] = expected[at];
-            }
-    }
-    for (const bool with_flag : {false, true}) {
-        const uint32_t* skip_flag = with_flag ? keep.get() : nullptr;
-        q.poison(), qt.poison();
-        run(skip_flag);
-        const std::string name = skip_flag ? "weights, skip 0," : "weights";
-        report.compare_bits(name + " q", name_of(format), q.download(), expected);
-        report.compare_bits(name + " qt", name_of(format), qt.download(), expected_transposed);
-    }
-    const std::vector<QuantSlot> after = slots.download();
-    for (size_t i = 0; i < shapes.size(); i++)
-        slots_right &= slot_is_right(after[i], std::bit_cast<float>(measured[i].amax_bits), format);
-    report.expect("weights slots", name_of(format), slots_right && flag.download()[0] == 0, "scales as on the host");
-    report.expect("weights scale of zeros", name_of(format),
-                  after[kZeros].scale == float(double(fp8_max(format)) / 1e-12),
-                  message("%g", double(after[kZeros].scale)));
-
-    measured[4].amax_bits = std::bit_cast<uint32_t>(kInfinity);
-    slots.upload(measured);
-    run(nullptr);
-    report.expect("weights infinite amax", name_of(format), flag.download()[0] == 1, "raises the flag");
-    report.expect("weights guards", name_of(format),
-                  q.guards_intact() && qt.guards_intact() && slots.guards_intact() && flag.guards_intact(), "intact");
-}
-
 // Indices beyond 2^31: a matrix of zeros but for its last 16 rows, and only they are looked at.
 void check_beyond_2_to_31(Report& report) {
     constexpr int kEnd = 16, N = 16, M = (1 << 27) + kEnd;
@@ -385,21 +257,14 @@ void checks(Report& report) {
     check_shapes(report);
     check_amax(report);
     for (const Dtype format : kFormats) check_weights(report, format);
+    for (const Dtype format : kFormats) check_pieces(report, format);
+    check_scales(report);
+    check_transposes(report);
     if (!report.small_only) check_beyond_2_to_31(report);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Speed
-
-// A large random tensor: a few million random numbers over and over.
-template <class T>
-std::unique_ptr<DeviceBuffer<T>> filled(size_t n, const std::vector<T>& pool) {
-    auto buffer = std::make_unique<DeviceBuffer<T>>(n);
-    for (size_t at = 0; at < n; at += pool.size())
-        CUDA_CHECK(cudaMemcpy(buffer->get() + at, pool.data(), std::min(pool.size(), n - at) * sizeof(T),
-                              cudaMemcpyHostToDevice));
-    return buffer;
-}
 
 void bench_activations(Report& report, int M, int N) {
     const size_t n = size_t(M) * N;
@@ -445,31 +310,13 @@ void bench_activations(Report& report, int M, int N) {
                      });
 }
 
-void bench_weights(Report& report, const char* model, int layers, int C) {
-    std::vector<WeightSet::Shape> shapes;
-    for (int layer = 0; layer < layers; layer++)
-        shapes.insert(shapes.end(), {{3 * C, C}, {C, C}, {4 * C, C}, {C, 4 * C}});
-    const WeightSet set(shapes);
-    const auto master = filled(set.elements, random_normal(size_t(1) << 22, 0.02f));
-    DeviceBuffer<uint8_t> q(set.elements), qt(set.elements);
-    const DeviceBuffer<QuantSlot> slots(std::vector<QuantSlot>(shapes.size(), measured_slot(0.1f)));
-    std::vector<QuantizeWeight> table = set.table(master->get(), q.get(), qt.get(), slots.get());
-    const int64_t tiles = quantize_weights_plan(table.data(), int(table.size()));
-    const DeviceBuffer<QuantizeWeight> device_table(table);
-    report.bench({.name = "quantize_weights e4m3", .shape = model, .bytes = 6.0 * double(set.elements)},
-                 [&](int, cudaStream_t s) {
-                     quantize_weights(device_table.get(), int(table.size()), tiles, Dtype::e4m3, nullptr, nullptr, s);
-                 });
-    report.bench({.name = "amax_f32", .shape = model, .bytes = 4.0 * double(set.elements)}, [&](int, cudaStream_t s) {
-        amax_f32(master->get(), int64_t(set.elements), slots.get(), s);
-    });
-}
-
 void benches(Report& report) {
     for (const int N : {768, 2304, 3072}) bench_activations(report, 65536, N);
     for (const int N : {1600, 4800, 6400}) bench_activations(report, 16384, N);
     bench_weights(report, "124M", 12, 768);
     bench_weights(report, "1558M", 48, 1600);
+    bench_pieces(report, "124M", 12, 768);
+    bench_pieces(report, "1558M", 48, 1600);
 }
 }  // namespace
 

@@ -53,3 +53,36 @@ struct QuantizeWeight {
 int64_t quantize_weights_plan(QuantizeWeight* tensors, int count);
 void quantize_weights(const QuantizeWeight* device_tensors, int count, int64_t tiles, Dtype format, const uint32_t* skip,
                       uint32_t* nonfinite, cudaStream_t stream);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The parts of quantize_weights one by one, for masters that are cut among ranks: scales from amaxes that all ranks agree on,
+// codes of the elements that a rank owns, and, of gathered codes, the transposed copies. Together they give its bits.
+
+// scale and inv_scale of `count` slots from their amax_bits; sets *nonfinite (may be null) to 1 where one is inf or NaN.
+// Does nothing when *skip != 0 (skip may be null).
+void quantize_scales(QuantSlot* slots, int count, Dtype format, const uint32_t* skip, uint32_t* nonfinite, cudaStream_t stream);
+
+// q[i] = saturating_rne_cast(master[i] * slot->scale) of any number of contiguous pieces in one launch (`pieces` is in device
+// memory); amax_bits is not read. Does nothing when *skip != 0.
+struct QuantizePiece {
+    const float* master;    // `count` elements; 16-byte aligned for full speed (and q on 4 bytes): others go one by one
+    uint8_t* q;
+    const QuantSlot* slot;  // of the whole matrix; scale is final
+    int64_t count;          // positive
+    int64_t first_tile;     // filled in by quantize_pieces_plan
+};
+// Fills in first_tile of the host copy and returns the number of tiles of all pieces.
+int64_t quantize_pieces_plan(QuantizePiece* pieces, int count);
+void quantize_pieces(const QuantizePiece* device_pieces, int count, int64_t tiles, Dtype format, const uint32_t* skip, cudaStream_t stream);
+
+// qt[k,n] = q[n,k], any number of matrices in one launch (`matrices` is in device memory); the format does not matter.
+// N and K may be any positive number; 16-byte accesses where both are multiples of 16 and q and qt are 16-byte aligned.
+// q and qt must not overlap. Does nothing when *skip != 0 (skip may be null).
+struct TransposeCodes {
+    const uint8_t* q;    // (N, K)
+    uint8_t* qt;         // (K, N)
+    int N, K;
+    int64_t first_tile;  // filled in by transpose_codes_plan
+};
+int64_t transpose_codes_plan(TransposeCodes* matrices, int count);
+void transpose_codes(const TransposeCodes* device_matrices, int count, int64_t tiles, const uint32_t* skip, cudaStream_t stream);
