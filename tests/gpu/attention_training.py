@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--recipe", default="tensorwise")
     arguments = parser.parse_args()
-    if subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
+    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
         print("attention_training: skipped: no GPU")
         return NO_GPU
     with tempfile.TemporaryDirectory() as folder:

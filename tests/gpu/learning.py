@@ -221,7 +221,7 @@ def main():
     parser.add_argument("--json", help="results for tests/gpu_report")
     parser.add_argument("--plot", help="PNG of the curves")
     arguments = parser.parse_args()
-    if arguments.device == "gpu" and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
+    if arguments.device == "gpu" and (not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0):
         print("learning: skipped: no GPU")
         return 77
     require_one_epoch(arguments)
