@@ -114,5 +114,3 @@ std::string toml_value(float value);
 std::string toml_value(int value);
 std::string toml_value(int64_t value);
 std::string toml_value(uint64_t value);
-
-bool is_utf8(const std::string& text);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/common/check.h"
+#include "trainer/ascii_toml.h"
 #include "trainer/config_options.h"
 #include "trainer/parallel.h"
 #include "trainer/recipe.h"

@@ -10,6 +10,7 @@
 #define TOML_ASSERT(condition) (static_cast<bool>(condition) ? void() : malformed())
 #include <toml++/toml.h>
 
+#include "trainer/ascii_toml.h"
 #include "trainer/config_options.h"
 
 namespace {
@@ -58,11 +59,12 @@ class FieldReader {
     }
     std::string where() const { return message("%s: line %u: %s:", file_.c_str(), node_.source().begin.line, key_.c_str()); }
     std::string given() const {
+        if (const auto text = node_.value_exact<std::string>()) return toml_value(*text);
+        if (node_.is_table()) return "a table";
+        if (node_.is_array()) return "an array";
         std::ostringstream text;
         node_.visit([&](const auto& value) { text << value; });
-        std::string one_line = text.str();
-        std::replace(one_line.begin(), one_line.end(), '\n', ' ');
-        return one_line;
+        return text.str();
     }
 
     const std::string& file_;
@@ -70,33 +72,6 @@ class FieldReader {
     const toml::node& node_;
     bool found_ = false;
 };
-
-// TOML has letters beyond ASCII in quotes and comments alone. Elsewhere toml++ 3.3 meets some of them (U+00E9) with
-// __builtin_unreachable, so they must not reach it.
-void require_ascii_outside_quotes(const std::string& text, const std::string& file) {
-    std::string end;  // of the string or comment that we are in; "" outside
-    int line = 1;
-    for (size_t i = text.starts_with("\xEF\xBB\xBF") ? 3 : 0; i < text.size(); ++i) {
-        const char c = text[i];
-        line += c == '\n';
-        if (c == '\n' && end.size() == 1) end.clear();
-        if (end.empty()) {
-            REQUIRE(static_cast<unsigned char>(c) < 0x80, "%s: line %d: not ASCII, outside of quotes and comments", file.c_str(), line);
-            if (c == '#') end = "\n";
-            if (c != '"' && c != '\'') continue;
-            end = text.compare(i, 3, std::string(3, c)) == 0 ? std::string(3, c) : std::string(1, c);
-            i += end.size() - 1;
-        } else if (end[0] == '"' && c == '\\') {
-            line += i + 1 < text.size() && text[i + 1] == '\n';
-            ++i;
-        } else if (text.compare(i, end.size(), end) == 0) {
-            i += end.size() - 1;
-            if (end.size() == 3)  // up to two quotes may stand before the three that end it
-                for (int more = 0; more < 2 && i + 1 < text.size() && text[i + 1] == end[0]; ++more) ++i;
-            end.clear();
-        }
-    }
-}
 
 struct Writer {
     ModelSpec spec;
@@ -117,10 +92,10 @@ struct Writer {
 }  // namespace
 
 void read_toml(const std::string& text, const std::string& file, Config& config) {
-    require_ascii_outside_quotes(text, file);
     toml::table table;
+    const std::string ascii = ascii_toml(text, file);
     try {
-        table = toml::parse(text, file);
+        table = toml::parse(ascii, file);
     } catch (const Error& error) {
         throw Error(file + ": " + error.what());
     } catch (const toml::parse_error& error) {
@@ -164,12 +139,4 @@ std::string toml_value(int64_t value) { return std::to_string(value); }
 std::string toml_value(uint64_t value) {
     const std::string digits = std::to_string(value);
     return value <= uint64_t(std::numeric_limits<int64_t>::max()) ? digits : '"' + digits + '"';
-}
-
-bool is_utf8(const std::string& text) {
-    try {
-        return toml::parse("x = " + toml_value(text)).contains("x");
-    } catch (const toml::parse_error&) {
-        return false;
-    }
 }

@@ -121,6 +121,12 @@ TEST(Config, BadFilesAreErrors) {
         {{"[,"}, {"not valid TOML"}},
         {{"lr = 1.0  # \xC3\xA9\n\xC3\xA9 = 1\n"}, {"line 2: not ASCII"}},
         {{"out = \"\"\"a\n\\\"\"\"\xC3\xA9\"\"\"\"\"\n\xC3\xA9"}, {"line 3: not ASCII"}},
+        {{"out = \"\xff\"\n"}, {"line 1: not UTF-8"}},
+        {{"out = '\xED\xA0\x80'\n"}, {"line 1: not UTF-8"}},  // a surrogate
+        {{"out = \"\\\xC3\xA9\"\n"}, {"line 1: "}},           // no escape
+        {{"out = '\xC3\xA9\n'\n"}, {"line 1: "}},
+        {{"steps = '\xC3\xA9'\n"}, {"steps: must be a whole number", "is \"\xC3\xA9\""}},
+        {{"'st\xC3\xA9ps' = 1\n"}, {"line 1: unknown key st\xC3\xA9ps"}},
         {{"out = 5\n"}, {"out: must be text in quotes, is 5"}},
         {{"micro-batch = \"most\"\n"}, {"micro-batch: must be"}},
         {{"print-config = true\n"}, {"unknown key print-config"}},
@@ -209,6 +215,19 @@ TEST(Config, AnyTextRoundTrips) {
         EXPECT_EQ(again.train, text);
         EXPECT_EQ(to_toml(again), to_toml(c));
     }
+}
+
+TEST(Config, LettersBeyondAsciiAreReadInAnyQuotes) {
+    const TempFolder folder;
+    const auto prompt_of = [&](const std::string& text) {
+        write_file(folder / "run.toml", text + "\n");
+        return parse_with_data({"--config", folder / "run.toml"}).prompt;
+    };
+    EXPECT_EQ(prompt_of(R"(prompt = "é\t中😀\\" # café)"), "é\t中😀\\");
+    EXPECT_EQ(prompt_of(R"(prompt = 'é \n "q"')"), R"(é \n "q")");
+    EXPECT_EQ(prompt_of("prompt = '''\né\\\nit''s \"\"\"'''''"), "é\\\nit''s \"\"\"''");
+    EXPECT_EQ(prompt_of("prompt = \"\"\"\né \\\n   é \"\"q\"\"\"\"\""), "é é \"\"q\"\"");
+    EXPECT_EQ(prompt_of("\xEF\xBB\xBF'prompt' = 'é'  # \xff"), "é");
 }
 
 TEST(Config, MicroBatchCanBeAuto) {
