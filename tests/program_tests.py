@@ -101,16 +101,43 @@ def test_same_run_twice_is_bit_equal():
 
 
 def test_interrupt_saves():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with Scratch() as out:
+            process = subprocess.Popen([str(program()), *TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT,
+                                       stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("step 3/"):
+                    process.send_signal(number)
+                    break
+            process.communicate(timeout=120)
+            assert process.returncode == 0, f"{number.name}: exit status {process.returncode}"
+            assert list((out / "run").glob("step_*/checkpoint.json")), f"no checkpoint after {number.name}"
+
+
+def test_nohup_survives_the_end_of_a_terminal():
     with Scratch() as out:
-        process = subprocess.Popen([str(program()), *TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT,
-                                   stdout=subprocess.PIPE, text=True)
+        with Running(*TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run"),
+                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as run:
+            run.wait_for("step 2/")
+            run.process.send_signal(signal.SIGHUP)
+            at = len(records(out / "run", "step"))
+            run.wait_for(f"step {at + 20}/")
+            assert run.stop() == 0
+
+
+def test_output_that_nobody_reads_does_not_end_the_run():
+    with Scratch() as out:
+        process = subprocess.Popen([str(program()), *TINY, "--steps", "30", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if line.startswith("step 3/"):
-                process.send_signal(2)
+            if line.startswith("step 2/"):
                 break
-        process.communicate(timeout=120)
-        assert process.returncode == 0, f"exit status {process.returncode}"
-        assert list((out / "run").glob("step_*/checkpoint.json")), "no checkpoint after Ctrl-C"
+        process.stdout.close()
+        errors = process.stderr.read().splitlines()
+        process.stderr.close()
+        assert process.wait(timeout=120) == 0, f"exit status {process.returncode}: {errors}"
+        assert [r["step"] for r in records(out / "run", "step")] == list(range(1, 31)) and complete_checkpoints(out / "run") == [30]
+        assert len(errors) == 1 and "standard output" in errors[0] and "log.jsonl" in errors[0], errors
 
 
 def test_bad_input_is_one_clear_line():
@@ -350,9 +377,9 @@ class SmallDisk:
 class Running:
     """A run whose output is read line by line."""
 
-    def __init__(self, *options):
+    def __init__(self, *options, **how):
         self.lines = []
-        self.process = subprocess.Popen([str(program()), *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen([str(program()), *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
     def wait_for(self, *texts, limit_s=120):
         """Until each of the texts has been seen from now on, in any order."""

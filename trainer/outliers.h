@@ -1,7 +1,8 @@
 // Which steps are outliers: a loss or gradient norm far above those of the steps before it (as llm.c's detector).
 //
-// What a step is compared with are the last `window` finite steps up to two before it: then the device can decide while the
-// host is a step behind, and the decision is a function of the run alone, not of when the host collected what.
+// What a step is compared with are the last `window` steps up to two before it: then the device can decide while the host is
+// a step behind, and the decision is a function of the run alone, not of when the host collected what. Steps that were
+// skipped are none of them: they would make the next of their kind look normal.
 #pragma once
 #include <vector>
 
@@ -11,7 +12,7 @@ class OutlierDetector {
   public:
     OutlierDetector(int window, std::vector<RecentStep> recent) : window_(window), recent_(std::move(recent)) {}
 
-    void add(const RecentStep& step);  // in order; one that is not finite is left out
+    void add(const RecentStep& step);  // in order, those that were not skipped; one that is not finite is left out
     const std::vector<RecentStep>& recent() const { return recent_; }  // as many as are needed
 
     struct Statistics {

@@ -24,8 +24,9 @@ void request_stop(int signal) {
 }  // namespace
 
 void stop_on_signals() {
-    std::signal(SIGINT, request_stop);
-    std::signal(SIGTERM, request_stop);
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP})
+        if (std::signal(signal, request_stop) == SIG_IGN) std::signal(signal, SIG_IGN);  // nohup's is to stay
+    std::signal(SIGPIPE, SIG_IGN);  // `| head` ends the reading, not the run
     std::signal(SIGXFSZ, SIG_IGN);  // a file that grows beyond a limit is an error of write(), not the end
 }
 
@@ -60,12 +61,19 @@ void TrainingLoop::run() {
         if (evaluation) evaluate(step_);
         if (sampling) sample(step_);
         if (const auto outcome = saver_.finished()) report_save(*outcome);
+        note_closed_output();
     }
     while (!pending_.empty()) finish_one();
     const bool stopped = step_ < config.steps;  // whoever asked may not wait for an evaluation
     if (!stopped) evaluate(step_), sample(step_);
     save_last(step_);
     if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step_, config.out.c_str());
+}
+
+void TrainingLoop::note_closed_output() {
+    if (output_closed_ || !std::ferror(stdout)) return;
+    output_closed_ = true;
+    p_.log.warning(step_, "standard output cannot be written (closed, or a full disk): training goes on, " + p_.config.out + "/log.jsonl has every step");
 }
 
 void TrainingLoop::enqueue(int64_t step) {
@@ -92,7 +100,7 @@ void TrainingLoop::finish_one() {
                  .seconds = result.seconds, .tokens = p_.config.global_batch_tokens,
                  .skipped = result.skip_update != 0, .skipped_steps = result.skipped_steps,
                  .loss_z = losses.z(result.loss_sum), .grad_norm_z = norms.z(result.grad_norm), .remark = remark(result, losses, norms)});
-    outliers_.add({p.step, result.loss_sum, result.grad_norm});
+    if (!result.skip_update) outliers_.add({p.step, result.loss_sum, result.grad_norm});
     if (saver_.snapshot_step() == p.step + 1) saver_.write(checkpoint_info(p_.config, p_.engine, p_.train), outliers_.recent());
     skipped_in_a_row_ = result.skip_update ? skipped_in_a_row_ + 1 : 0;
     REQUIRE(skipped_in_a_row_ < kMostSkippedInARow, "%d steps in a row were not finite, or outliers, and left the weights as they are: lower --lr and resume from an earlier checkpoint",

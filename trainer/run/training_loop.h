@@ -16,7 +16,8 @@
 #include "trainer/run/profiled_steps.h"
 #include "trainer/run/samples.h"
 
-// Ctrl-C and SIGTERM: finish the step, save, leave. A second one ends the program at once.
+// Ctrl-C, SIGTERM and SIGHUP (a terminal that closes): finish the step, save, leave. A second one ends the program at once.
+// One that was ignored, as nohup does, stays so. Output that nobody reads any more does not end the run.
 void stop_on_signals();
 
 class TrainingLoop {
@@ -48,6 +49,7 @@ class TrainingLoop {
 
     bool stop_agreed() const;
     bool due(int64_t every, int64_t steps_done) const;
+    void note_closed_output();
     void enqueue(int64_t step);
     void finish_one();
     void evaluate(int64_t steps_done);
@@ -65,4 +67,5 @@ class TrainingLoop {
     std::vector<int> inputs_, targets_;  // the batch being made
     std::deque<Pending> pending_;
     int skipped_in_a_row_ = 0;
+    bool output_closed_ = false;
 };
