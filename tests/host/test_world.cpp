@@ -51,6 +51,18 @@ TEST(Launch, EveryLaunchersNames) {
     }
 }
 
+// torchrun's store listens at MASTER_PORT; others who set the same names leave it to rank 0.
+TEST(Launch, TorchrunsOwnPortIsLeftAlone) {
+    std::map<std::string, std::string> values = {{"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "29500"}};
+    EXPECT_EQ(find_launch(environment_of(values)).port, 29500);
+    values["TORCHELASTIC_RUN_ID"] = "none";
+    EXPECT_EQ(find_launch(environment_of(values)).port, 29501);
+    values["MASTER_PORT"] = "65535";
+    EXPECT_NE(error_of([&] { find_launch(environment_of(values)); }).find("from 1 to 65534"), std::string::npos);
+    values.erase("RANK"), values["OMPI_COMM_WORLD_RANK"] = "1", values["OMPI_COMM_WORLD_SIZE"] = "2";
+    EXPECT_EQ(find_launch(environment_of(values)).port, 65535);
+}
+
 TEST(Launch, MpirunInsideOfSlurmIsMpirun) {
     const Launch launch = find_launch(environment_of({{"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "2"}, {"OMPI_COMM_WORLD_RANK", "3"}, {"OMPI_COMM_WORLD_SIZE", "16"}}));
     EXPECT_EQ(launch.launcher, "Open MPI");

@@ -50,6 +50,8 @@ Launch find_launch(const Environment& environment) {
         break;
     }
     if (is_set(environment, "MASTER_ADDR")) launch.address = environment("MASTER_ADDR");
-    if (is_set(environment, "MASTER_PORT")) launch.port = number(environment, "MASTER_PORT", 1, 65535);
+    // Others may set RANK and WORLD_SIZE too, and leave the port free: torchrun is who names its run.
+    const bool store_holds_port = launch.launcher == kLaunchers[0].name && is_set(environment, kLaunchers[0].job);
+    if (is_set(environment, "MASTER_PORT")) launch.port = number(environment, "MASTER_PORT", 1, 65535 - store_holds_port) + store_holds_port;
     return launch;
 }

@@ -9,7 +9,7 @@ struct Launch {
     int local_rank = -1;    // among the ranks of this machine; -1: the launcher does not say
     std::string launcher;   // "" without one
     std::string address;    // of rank 0, "" when nothing says
-    int port = 0;           // 0: when nothing says
+    int port = 0;           // MASTER_PORT, under torchrun the one after it: torchrun's own store listens at that; 0: when nothing says
     std::string job;        // the launcher's name of the job, so that two jobs on one machine never mix; may be ""
 };
 

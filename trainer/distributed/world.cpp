@@ -143,7 +143,7 @@ struct World::Meeting {
     Socket listener;  // rank 0's
 };
 
-// MASTER_ADDR, or the launcher's word, or this machine; MASTER_PORT, or one that follows from the job's name.
+// MASTER_ADDR, or the launcher's word, or this machine; MASTER_PORT (torchrun: + 1), or one that follows from the job's name.
 World::Meeting World::meeting_of_environment() const {
     Meeting meeting;
     meeting.addresses = {launch_.address.empty() ? "127.0.0.1" : launch_.address};

@@ -2,7 +2,8 @@
 //
 // Every rank connects to rank 0 twice: one connection carries small messages of the main threads, the other the signs of
 // life of the watch. Where Open MPI started the ranks and the plugin was built, MPI tells them rank 0's address and
-// carries the host collectives; otherwise they find it at MASTER_ADDR:MASTER_PORT (rules in world.cpp) and TCP does.
+// carries the host collectives; otherwise they find it at MASTER_ADDR:MASTER_PORT (rules in world.cpp; under torchrun, whose
+// store holds that port, at the next one) and TCP does.
 #pragma once
 #include <memory>
 #include <string>
