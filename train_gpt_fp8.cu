@@ -61,7 +61,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
     stop_on_signals();
     TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log,
                   .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile, .state = start.state,
-                  .world = world, .held = held}).run();
+                  .world = world, .held = held, .parallel = parallel}).run();
 }
 
 // Ranks meet before anything can fail, so that a failure of any of them ends all.

@@ -108,7 +108,7 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         }
         for (const Record& r : records_) {
             const int entry = entry_of(r);
-            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_)});
+            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), r.work});
         }
         return summarize(std::move(records), marks_, double(steps));
     }
@@ -118,6 +118,7 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         std::string name;
         uint64_t start_ns, end_ns, node;
         uint32_t correlation;
+        Work work;
     };
 
     int entry_of(const Record& r) const {
@@ -168,16 +169,19 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         if (CUPTI(cuptiActivityGetNumDroppedRecords)(context, stream, &dropped) == CUPTI_SUCCESS) dropped_ += dropped;
     }
     void keep(const CUpti_Activity* record) {
-        const auto add = [&](const auto* r, std::string name) { records_.push_back({std::move(name), r->start, r->end, r->graphNodeId, r->correlationId}); };
+        const auto add = [&](const auto* r, std::string name, Work work) { records_.push_back({std::move(name), r->start, r->end, r->graphNodeId, r->correlationId, work}); };
         if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
             const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
-            add(r, short_name(r->name));
+            const std::string name = short_name(r->name);
+            add(r, name, work_of_kernel(name));
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
             const auto* r = reinterpret_cast<const CUpti_ActivityMemcpy6*>(record);
             const bool to_device = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_HTOD, to_host = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_DTOH;
-            add(r, to_device ? "copy, host to device" : to_host ? "copy, device to host" : "copy");
+            const bool to_peer = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_PTOP;  // collectives of copy engines
+            add(r, to_device ? "copy, host to device" : to_host ? "copy, device to host" : to_peer ? "copy, device to device" : "copy",
+                to_peer ? Work::communication : Work::other);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
-            add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "fill");
+            add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "fill", Work::other);
         }
     }
 

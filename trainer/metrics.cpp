@@ -336,6 +336,36 @@ void RunLog::checkpoint(int64_t steps_done, const std::string& path, double seco
     print_line(message("saved %s | %s", path.c_str(), format_duration(seconds).c_str()));
 }
 
+// The last two: of every rank.
+void RunLog::profile(int64_t steps_done, int64_t steps, const Profile& profile, const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms) {
+    Json record;
+    record["kind"] = "profile";
+    record["step"] = steps_done;
+    record["steps"] = steps;
+    set_number(record, "busy_ms", profile.busy_ms);
+    set_number(record, "span_ms", profile.span_ms);
+    record["communication_ms"] = communication_ms;
+    record["exposed_ms"] = exposed_ms;
+    write_line(dump(record));
+    std::fputs(format_communication(communication_ms, exposed_ms).c_str(), stdout);
+    std::fflush(stdout);
+}
+
+void RunLog::traffic(int64_t steps_done, const std::vector<TrafficOf>& all) {
+    Json record;
+    record["kind"] = "traffic";
+    record["step"] = steps_done;
+    record["communicators"] = Json::array();
+    std::string line = "traffic that rank 0 received";
+    for (const auto& [of, ranks, t] : all) {
+        record["communicators"].push_back({{"of", of}, {"ranks", ranks}, {"gathered", t.gathered}, {"scattered", t.scattered}, {"reduced", t.reduced}, {"broadcast", t.broadcast}, {"calls", t.calls}});
+        line += message(" | %s of %d: %s gathered, %s scattered, %s reduced in %lld calls", of.c_str(), ranks, format_bytes(double(t.gathered)).c_str(),
+                        format_bytes(double(t.scattered)).c_str(), format_bytes(double(t.reduced)).c_str(), (long long)t.calls);
+    }
+    write_line(dump(record));
+    print_line(line);
+}
+
 void RunLog::warning(int64_t steps_done, const std::string& text) {
     Json record;
     record["kind"] = "warning";

@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "kernels/common/peak.h"
+#include "trainer/distributed/communicator.h"
 #include "trainer/engine.h"
 #include "trainer/model_spec.h"
 #include "trainer/multiple_choice.h"
+#include "trainer/profile.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Utilization: fractions of 1; NaN when the device's peak is unknown
@@ -69,6 +71,12 @@ struct StepRecord {
     std::string remark = "";  // what is special about this step
 };
 
+struct TrafficOf {
+    std::string of;  // group of ranks
+    int ranks;
+    Traffic traffic;
+};
+
 class RunLog {
   public:
     RunLog(const RunLogOptions& options, const RunRecord& run);
@@ -81,6 +89,8 @@ class RunLog {
     void sample(int64_t steps_done, int sample, const std::string& prompt, const std::string& text);  // valid UTF-8
     void choices(int64_t steps_done, const ChoiceResult& result, double seconds);
     void checkpoint(int64_t steps_done, const std::string& path, double seconds);
+    void profile(int64_t steps_done, int64_t steps, const Profile& profile, const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms);
+    void traffic(int64_t steps_done, const std::vector<TrafficOf>& all);  // what rank 0 received in the run; a captured call counts once
     void warning(int64_t steps_done, const std::string& text);  // also on stderr
 
     // The terminal's text for a record, without line end; `eta_s` < 0: none.

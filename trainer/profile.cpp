@@ -71,7 +71,46 @@ void add_to_phase(std::vector<Profile::Phase>& phases, const std::string& name, 
     else at->ms += ms;
 }
 
+// Sorted, overlapping ones joined.
+std::vector<Span> joined(std::vector<Span> spans) {
+    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.start_ns < b.start_ns; });
+    std::vector<Span> apart;
+    for (const Span& s : spans) {
+        if (apart.empty() || s.start_ns > apart.back().end_ns) apart.push_back(s);
+        else apart.back().end_ns = std::max(apart.back().end_ns, s.end_ns);
+    }
+    return apart;
+}
+
+Covered communication_of(const std::vector<ProfileRecord>& records) {
+    std::vector<Span> communication, compute;
+    for (const ProfileRecord& r : records) {
+        if (r.work == Work::communication) communication.push_back({r.start_ns, r.end_ns});
+        if (r.work == Work::compute) compute.push_back({r.start_ns, r.end_ns});
+    }
+    return covered(std::move(communication), std::move(compute));
+}
+
 }  // namespace
+
+Work work_of_kernel(const std::string& name) { return name.starts_with("nccl") ? Work::communication : Work::compute; }
+
+Covered covered(std::vector<Span> spans, std::vector<Span> by) {
+    spans = joined(std::move(spans)), by = joined(std::move(by));
+    Covered sum;
+    size_t first = 0;  // of `by`: those before it end before the span starts
+    for (const Span& s : spans) {
+        sum.total_ns += s.end_ns - s.start_ns;
+        uint64_t from = s.start_ns;  // what is before it is settled
+        while (first < by.size() && by[first].end_ns <= s.start_ns) ++first;
+        for (size_t i = first; i < by.size() && by[i].start_ns < s.end_ns; ++i) {
+            if (by[i].start_ns > from) sum.exposed_ns += by[i].start_ns - from;
+            from = std::min(by[i].end_ns, s.end_ns);
+        }
+        sum.exposed_ns += s.end_ns - from;
+    }
+    return sum;
+}
 
 Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, double steps) {
     REQUIRE(!records.empty(), "the profiler recorded nothing");
@@ -94,6 +133,9 @@ Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, doub
     profile.busy_ms = double(busy) * 1e-6 / steps;
     profile.span_ms = double(covered_to - records.front().start_ns) * 1e-6 / steps;
     profile.launches = double(records.size()) / steps;
+    const Covered communication = communication_of(records);
+    profile.communication_ms = double(communication.total_ns) * 1e-6 / steps;
+    profile.exposed_ms = double(communication.exposed_ns) * 1e-6 / steps;
     for (const auto& [key, sum] : sums) profile.rows.push_back(row_of(key.first, sum, profile.summed_ms));
     std::sort(profile.rows.begin(), profile.rows.end(), [](const ProfileRow& a, const ProfileRow& b) { return a.ms > b.ms; });
     return profile;
@@ -113,4 +155,14 @@ std::string format_profile(const Profile& profile, size_t rows) {
     for (const Profile::Phase& phase : profile.phases)
         text += message(" | %s %.3f ms, %s", phase.name.c_str(), phase.ms, format_percent(phase.ms / profile.summed_ms, 1).c_str());
     return text + "\n";
+}
+
+std::string format_communication(const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms) {
+    std::string text;
+    for (size_t r = 0; r < communication_ms.size(); ++r) {
+        if (communication_ms[r] <= 0) continue;
+        text += message("%s rank %zu %.3f ms, %.3f ms (%s) with no compute beside it", text.empty() ? "communication |" : " |", r, communication_ms[r], exposed_ms[r],
+                        format_percent(exposed_ms[r] / communication_ms[r], 1).c_str());
+    }
+    return text.empty() ? "" : text + "\n";
 }

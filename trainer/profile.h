@@ -43,12 +43,27 @@ class MarkLog {
     std::vector<int> stack_;
 };
 
+// What keeps the GPU's multiprocessors busy for its own sake, what moves data between GPUs, and what is neither (copies, fills).
+enum class Work : uint8_t { compute, communication, other };
+
 struct ProfileRecord {
     std::string kernel;  // "" when only the operation is known
     int entry;           // of the MarkLog
     uint64_t start_ns, end_ns;
     double ideal_s;
+    Work work = Work::compute;
 };
+// Of a kernel by its name: NCCL's move data between GPUs.
+Work work_of_kernel(const std::string& name);
+
+// Time of a set of spans (their union), and of its part that no span of another set covers. Any order; spans may overlap.
+struct Span {
+    uint64_t start_ns, end_ns;
+};
+struct Covered {
+    uint64_t total_ns = 0, exposed_ns = 0;
+};
+Covered covered(std::vector<Span> spans, std::vector<Span> by);
 
 struct ProfileRow {
     std::string operation, kernel;  // the kernel that took the most of the operation's time
@@ -59,6 +74,7 @@ struct ProfileRow {
 struct Profile {
     double busy_ms = 0, span_ms = 0, summed_ms = 0;  // of a step: union of the records, first start to last end, sum
     double launches = 0;
+    double communication_ms = 0, exposed_ms = 0;  // of a step: union of communication, and its part with no compute beside it
     std::vector<ProfileRow> rows;  // longest first
     struct Phase {
         std::string name;
@@ -71,3 +87,5 @@ Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, doub
 
 // The table for people: one line a row, at most `rows` of them, then the phases.
 std::string format_profile(const Profile& profile, size_t rows);
+// Of every rank, one line; "" where nobody communicated.
+std::string format_communication(const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms);

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <thread>
 
@@ -78,6 +79,66 @@ TEST(Profile, TableOfTwoSteps) {
     EXPECT_NE(text.find("88.9 %"), std::string::npos) << text;
     EXPECT_NE(text.find("38 %"), std::string::npos) << text;
     EXPECT_EQ(text.find("(no mark)"), std::string::npos) << text;  // the second row is cut off
+}
+
+Covered of(const std::vector<Span>& spans, const std::vector<Span>& by) { return covered(spans, by); }
+
+TEST(Covered, CountsWhatNothingCovers) {
+    const auto expect = [](const Covered& c, uint64_t total, uint64_t exposed) {
+        EXPECT_EQ(c.total_ns, total);
+        EXPECT_EQ(c.exposed_ns, exposed);
+    };
+    expect(of({}, {{0, 9}}), 0, 0);
+    expect(of({{5, 15}}, {}), 10, 10);
+    expect(of({{5, 15}}, {{0, 5}, {15, 20}}), 10, 10);        // they touch
+    expect(of({{5, 15}}, {{0, 100}}), 10, 0);
+    expect(of({{5, 15}}, {{7, 9}, {8, 10}, {12, 13}}), 10, 6);  // overlapping ones count once
+    expect(of({{5, 15}}, {{12, 30}, {0, 6}}), 10, 6);         // in any order
+    expect(of({{5, 15}, {10, 20}}, {{14, 16}}), 15, 13);      // of the union
+    expect(of({{0, 10}, {20, 30}, {40, 50}}, {{5, 45}}), 30, 10);  // one covers several
+    expect(of({{0, 10}, {20, 30}}, {{2, 3}, {9, 21}, {22, 23}, {29, 29}}), 20, 16);
+}
+
+// Against one nanosecond at a time.
+TEST(Covered, EqualsCounting) {
+    uint64_t random = 1;
+    const auto spans = [&](int count) {
+        std::vector<Span> found;
+        for (int i = 0; i < count; ++i) {
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            const uint64_t start = (random >> 33) % 90, length = (random >> 50) % 12;
+            found.push_back({start, start + length});
+        }
+        return found;
+    };
+    for (int turn = 0; turn < 300; ++turn) {
+        const std::vector<Span> a = spans(turn % 9), b = spans(turn % 7);
+        Covered counted;
+        for (uint64_t t = 0; t < 110; ++t) {
+            const auto in = [t](const Span& s) { return s.start_ns <= t && t < s.end_ns; };
+            const bool inside = std::any_of(a.begin(), a.end(), in);
+            counted.total_ns += inside;
+            counted.exposed_ns += inside && std::none_of(b.begin(), b.end(), in);
+        }
+        const Covered c = of(a, b);
+        ASSERT_EQ(c.total_ns, counted.total_ns) << turn;
+        ASSERT_EQ(c.exposed_ns, counted.exposed_ns) << turn;
+    }
+}
+
+TEST(Profile, CommunicationIsExposedWhereNoComputeRuns) {
+    EXPECT_EQ(work_of_kernel("ncclDevKernel_AllGather_RING_LL"), Work::communication);
+    EXPECT_EQ(work_of_kernel("layernorm_forward_kernel"), Work::compute);
+    const MarkLog marks;
+    const std::vector<ProfileRecord> records = {{"gemm", MarkLog::kNone, 0, 4'000'000, 0},
+                                                {"ncclDevKernel", MarkLog::kNone, 2'000'000, 6'000'000, 0, Work::communication},
+                                                {"copy", MarkLog::kNone, 4'000'000, 6'000'000, 0, Work::other},  // no compute
+                                                {"gemm", MarkLog::kNone, 5'000'000, 7'000'000, 0}};
+    const Profile p = summarize(records, marks, 2);
+    EXPECT_DOUBLE_EQ(p.communication_ms, 2);
+    EXPECT_DOUBLE_EQ(p.exposed_ms, 0.5);
+    EXPECT_EQ(format_communication({0, 0}, {0, 0}), "");
+    EXPECT_EQ(format_communication({2, 4}, {0.5, 1}), "communication | rank 0 2.000 ms, 0.500 ms (25.0 %) with no compute beside it | rank 1 4.000 ms, 1.000 ms (25.0 %) with no compute beside it\n");
 }
 
 TEST(Profile, NothingRecordedIsAnError) { EXPECT_THROW(summarize({}, MarkLog(), 1), std::exception); }

@@ -20,11 +20,11 @@ ProfiledSteps::ProfiledSteps(const Config& config) : steps_(config.profile) {
     profiler_ = gpu ? make_gpu_profiler(peak_of(device_)) : make_host_profiler();
 }
 
-void ProfiledSteps::reach(int64_t steps) {
+std::optional<Profile> ProfiledSteps::reach(int64_t steps) {
     if (steps == kSettling) {
         profiler_->begin();
         begin_s_ = now_s();
-        return;
+        return {};
     }
     const double step_ms = (now_s() - begin_s_) * 1e3 / double(steps_);
     const Profile profile = profiler_->end(steps_);
@@ -32,4 +32,5 @@ void ProfiledSteps::reach(int64_t steps) {
     std::printf("profile of %lld steps on %s: %.2f ms a step while traced, %.2f ms of them in %.0f marked or recorded pieces of work\n%s", (long long)steps_,
                 device_.c_str(), step_ms, profile.summed_ms, profile.launches, format_profile(profile, kRows).c_str());
     std::fflush(stdout);
+    return profile;
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "trainer/config.h"
@@ -13,7 +14,8 @@ class ProfiledSteps {
 
     // Whether the profile begins or ends when this run has made so many steps. No step may be in flight then.
     bool due(int64_t steps) const { return profiler_ && (steps == kSettling || steps == kSettling + steps_); }
-    void reach(int64_t steps);  // begins, or ends and prints
+    std::optional<Profile> reach(int64_t steps);  // begins, or ends and prints: then what was found
+    int64_t steps() const { return steps_; }
 
   private:
     static constexpr int64_t kSettling = 2;

@@ -57,13 +57,14 @@ void TrainingLoop::run() {
         const bool evaluation = due(config.eval_every, step_), sampling = due(config.sample_every, step_);
         const bool profile = p_.profile.due(step_ - first_step_);
         while (pending_.size() > (evaluation || sampling || profile ? 0 : size_t(p_.engine.steps_ahead()))) finish_one();
-        if (profile) p_.profile.reach(step_ - first_step_);
+        if (profile) reach_profile();
         if (evaluation) evaluate(step_);
         if (sampling) sample(step_);
         if (const auto outcome = saver_.finished()) report_save(*outcome);
         note_closed_output();
     }
     while (!pending_.empty()) finish_one();
+    log_traffic();
     const bool stopped = step_ < config.steps;  // whoever asked may not wait for an evaluation
     if (!stopped) evaluate(step_), sample(step_);
     save_last(step_);
@@ -114,6 +115,32 @@ std::string TrainingLoop::remark(const StepResult& result, const OutlierDetector
     if (losses.z(result.loss_sum) > z) text = message("loss is an outlier, z %.1f", losses.z(result.loss_sum));
     if (norms.z(result.grad_norm) > z) text += (text.empty() ? "" : ", ") + message("norm is an outlier, z %.1f", norms.z(result.grad_norm));
     return text + (result.skip_update ? ", skipped" : "");
+}
+
+// Every rank's communication, in rank 0's log.
+void TrainingLoop::reach_profile() {
+    const std::optional<Profile> profile = p_.profile.reach(step_ - first_step_);
+    if (!profile) return;
+    const size_t size = size_t(p_.world.size()), rank = size_t(p_.world.rank());
+    std::vector<double> communication(size), exposed(size);
+    communication[rank] = profile->communication_ms, exposed[rank] = profile->exposed_ms;
+    p_.world.host().all_gather(communication.data(), sizeof(double));
+    p_.world.host().all_gather(exposed.data(), sizeof(double));
+    p_.log.profile(step_, p_.profile.steps(), *profile, communication, exposed);
+}
+
+// What this rank received, by group of ranks; groups that are the same object are one.
+void TrainingLoop::log_traffic() {
+    if (p_.world.alone()) return;
+    std::vector<TrafficOf> all;
+    const auto add = [&](const char* of, const std::shared_ptr<Communicator>& c) {
+        if (c && c->size() > 1) all.push_back({.of = of, .ranks = c->size(), .traffic = c->traffic()});
+    };
+    const Parallel& p = p_.parallel;
+    add("world", p.world);
+    if (p.group != p.world) add("group", p.group);
+    if (p.replicas != p.world && p.replicas != p.group) add("replicas", p.replicas);
+    p_.log.traffic(step_, all);
 }
 
 void TrainingLoop::evaluate(int64_t steps_done) {

@@ -9,6 +9,7 @@
 #include "trainer/engine.h"
 #include "trainer/metrics.h"
 #include "trainer/outliers.h"
+#include "trainer/parallel.h"
 #include "trainer/parameters.h"
 #include "trainer/run/checkpoint_saver.h"
 #include "trainer/run/choices.h"
@@ -35,6 +36,7 @@ class TrainingLoop {
         TrainState& state;  // the same; emptied: its memory serves for checkpoints
         World& world;
         const Held& held;
+        const Parallel& parallel;
     };
     explicit TrainingLoop(const Parts& parts);
 
@@ -52,6 +54,8 @@ class TrainingLoop {
     void note_closed_output();
     void enqueue(int64_t step);
     void finish_one();
+    void reach_profile();
+    void log_traffic();
     void evaluate(int64_t steps_done);
     void sample(int64_t steps_done);
     std::string remark(const StepResult& result, const OutlierDetector::Statistics& losses, const OutlierDetector::Statistics& norms) const;
