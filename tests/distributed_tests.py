@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 from program_tests import ROOT, SHARDS, Scratch, checkpoint_bytes, program, records
@@ -27,7 +28,7 @@ FIRST_STEPS, LAST_STEPS = 1e-5, 5e-4
 
 
 def environment(**more):
-    return {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1", **more}
+    return os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"} | more
 
 
 def mpirun(ranks):
@@ -191,31 +192,73 @@ def test_bad_option_is_one_line():
         assert "--replicate 2" in own_errors(done.stderr)[0], done.stderr
 
 
-def as_torchrun(size, present, out, *options):
-    """Those ranks of a job of that size, without MPI."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return [subprocess.Popen([str(program()), *SMALL, "--out", str(out), *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                             env=environment(RANK=str(r), WORLD_SIZE=str(size), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for r in present]
+@contextlib.contextmanager
+def as_torchrun(size, present, command):
+    """Those ranks of a job of that size, without MPI; MASTER_PORT is taken by somebody else, as it is by torchrun's store."""
+    with socket.socket() as store:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+        processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                      env=environment(RANK=str(r), LOCAL_RANK=str(r), **variables)) for r in present]
+        yield processes
 
 
 def test_torchrun_environment():
     with Scratch() as out:
         options = ["--steps", "3", "--checkpoint-every", "0", "--shard", "optimizer"]
-        for process in as_torchrun(2, (0, 1), out / "tcp", *options):
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+        with as_torchrun(2, (0, 1), [str(program()), *SMALL, "--out", str(out / "tcp"), *options]) as processes:
+            for process in processes:
+                _, errors = process.communicate(timeout=120)
+                assert process.returncode == 0, errors
         if shutil.which("mpirun"):
             train(2, *options, "--out", str(out / "mpi"))
             assert losses_of(out / "tcp") == losses_of(out / "mpi"), "TCP and MPI differ"
 
 
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=$rank "$@" &
+  ranks+=($!)
+done
+for rank in "${ranks[@]}"; do wait "$rank" || status=1; done
+exit ${status:-0}
+"""
+
+
+def test_sbatch_file():
+    """dev/train.sbatch, with an srun that starts two ranks here."""
+    with Scratch() as out, socket.socket() as free:
+        for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+            (out / name).write_text(text)
+            (out / name).chmod(0o755)
+        job = next(job for job in range(os.getpid(), os.getpid() + 10000) if free.connect_ex(("127.0.0.1", 20000 + job % 10000)) != 0)
+        variables = environment(PATH=f"{out}:{os.environ['PATH']}", SLURM_JOB_ID=str(job), SLURM_JOB_NODELIST="node[1-2]", SLURM_CPUS_PER_TASK="1")
+        (out / "train_gpt_fp8").symlink_to(program())
+        options = ["--steps", "3", "--checkpoint-every", "0", "--shard", "optimizer", "--out", str(out / "run")]
+        done = subprocess.run(["bash", str(ROOT / "dev/train.sbatch"), *SMALL, *options], cwd=out, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert len(losses_of(out / "run")) == 3 and "ranks   2, TCP" in done.stdout, done.stdout[-2000:]
+
+
+def test_multi_gpu_script():
+    """A part of tests/gpu/multi_gpu.py's rehearsal, so that it still runs when there are GPUs to run it on."""
+    mpirun(2)
+    with Scratch() as out:
+        parts = ["bf16 alone", "bf16 full", "of a block, full", "another option", "missing rank"]
+        done = subprocess.run([sys.executable, str(ROOT / "tests/gpu/multi_gpu.py"), "--rehearse", "--train", str(SHARDS), "--val", str(SHARDS), "--json", str(out / "results.json"),
+                               "--only", *parts], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        results = json.loads((out / "results.json").read_text())
+        assert [test["status"] for test in results["tests"]] == ["pass"] * 5 and len(results["bench"]) == 2, results
+
+
 def test_fault_missing_rank():
     with Scratch() as out:
         start = time.monotonic()
-        processes = as_torchrun(3, (0, 1), out / "run", "--steps", "3", "--timeout", "2")
-        errors = "".join(p.communicate(timeout=60)[1] for p in processes)
+        with as_torchrun(3, (0, 1), [str(program()), *SMALL, "--out", str(out / "run"), "--steps", "3", "--timeout", "2"]) as processes:
+            errors = "".join(p.communicate(timeout=60)[1] for p in processes)
         assert all(p.returncode != 0 for p in processes)
         assert len(own_errors(errors)) == 1 and "rank 2 of 3 has not joined" in errors, errors
         assert time.monotonic() - start < 10

@@ -1,16 +1,26 @@
 #!/usr/bin/env python3
-"""Several GPUs of one machine, in one call: NCCL's collectives, speed against one GPU, losses against one GPU, faults.
+"""Several GPUs of one machine, in one call: speed against one GPU, exposed communication, gathered bytes, losses against one GPU, faults.
 
-    python3 tests/gpu/multi_gpu.py --ranks 2 --train shards/code_gpt2 --val shards/code_gpt2 --json multi_gpu.json
-    python3 tests/gpu/multi_gpu.py --rehearse --train shards/cuda_headers --val shards/cuda_headers    # on the CPU, tiny, in a minute
+    python3 tests/gpu/multi_gpu.py --json multi_gpu.json [--seconds 1200] [--train shards/code_gpt2 --val shards/code_gpt2]
+    python3 tests/gpu/multi_gpu.py --rehearse --train shards/cuda_headers --val shards/cuda_headers    # on the CPU, tiny, in a minute or two
+    python3 tests/gpu/multi_gpu.py --list                                                              # rows and their estimated seconds
 
-Bars (a mode that the GPU engine refuses is reported as skipped): at least 97 % of one GPU's tokens/s a GPU at 1558M with 524,288
-tokens a step; losses of 300 steps on N GPUs within the spread of two seeds on one; every fault ends the job within its time-out.
+Rows run in the order of their importance; each is printed as it ends, and --json is written anew after each, so that a call that is cut
+off leaves what it had. With --seconds, a row whose estimate does not fit into what is left is skipped, and counted so. --only takes
+parts of rows' names.
+
+Speed: tokens/s a GPU against one GPU's of the same call: same tokens a GPU and step, same micro-batch, --shard none. Two steps to warm up, one
+traced (CUPTI), then the median of three. Bars at 1558M with 262,144 tokens a GPU and step: 97 % with --shard optimizer, 93 % with full.
+Exposed: of the time of communication kernels, that during which no other kernel ran on that GPU, the worst rank: 25 % at most with 8,192 tokens
+a GPU and step. Gathered bytes: a block more of the model costs exactly half as many with FP8 as with BF16. Losses: root mean square
+difference of the validation losses of N GPUs and one, no larger than that of two seeds. Faults end the job within its time-out, with one line
+that names rank and cause, no process and no GPU memory left.
 """
 import argparse
-import json
+import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,141 +28,297 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from distributed_tests import environment, mpirun, own_errors, program, ranks_of, records  # noqa: E402
+from multi_gpu_runs import (Failed, Report, Runs, as_torchrun, environment, gpu_memory_mib, memory_gib, own_errors, own_line, program, ranks_of,
+                            records)
 
-MODELS = {"gpt2-124M": ["--model", "gpt2-124M", "--micro-batch", "32"],
-          "gpt2-1558M": ["--model", "gpt2-1558M", "--micro-batch", "8"],
-          "gpt2-3B": ["--model", "gpt2-1558M", "--dim", "2560", "--n-layers", "36", "--n-heads", "40", "--micro-batch", "4"]}
-REHEARSAL = {"tiny": ["--model", "tiny", "--micro-batch", "4"]}
-MODES = ("none", "optimizer", "gradients", "full")
-
-
-class Report:
-    def __init__(self):
-        self.tests, self.bench = [], []
-
-    def test(self, name, status, figure):
-        self.tests.append({"name": name, "status": status, "figure": figure})
-        print(f"{status:5} {name}: {figure}", flush=True)
+MODELS = {"gpt2-124M": ["--model", "gpt2-124M"], "gpt2-1558M": ["--model", "gpt2-1558M"],
+          "gpt2-3B": ["--model", "gpt2-1558M", "--dim", "2560", "--n-layers", "36", "--n-heads", "40"],
+          "mini": ["--model", "mini"], "tiny": ["--model", "tiny"]}
+MICRO_BATCH = {"gpt2-124M": 64, "gpt2-1558M": 16, "gpt2-3B": 4, "tiny": 4}  # halved until --dry-run says that it fits
+TOKENS, FEW_TOKENS = 262144, 8192  # of a GPU and step
+BARS = {"none": 0.97, "optimizer": 0.97, "full": 0.93}  # share of one GPU's speed, 1558M
+MOST_EXPOSED = 0.25
+WARM_UP, TRACED, MEASURED = 2, 1, 3
+NO_GPUS = 77
 
 
-class Runs:
-    def __init__(self, arguments, folder):
-        self.a, self.folder, self.count = arguments, folder, 0
-
-    def command(self, ranks, *options):
-        self.count += 1
-        out = self.folder / f"run{self.count}"
-        device = "cpu" if self.a.rehearse else "gpu"
-        return out, [*mpirun(ranks), str(program()), "--device", device, "--train", self.a.train, "--val", self.a.val, "--timeout", str(self.a.timeout),
-                     "--out", str(out), *options]
-
-    def train(self, ranks, *options):
-        """The folder and stderr of a run; the folder is None when the program refused or failed."""
-        out, command = self.command(ranks, *options)
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1800)
-        return (out if done.returncode == 0 else None), done.stderr
+def fitting_micro_batch(runs, model):
+    """The largest of MICRO_BATCH, halved, at which one GPU holds the model in both recipes (shards of it need less)."""
+    micro_batch = MICRO_BATCH[model]
+    while not runs.a.rehearse and micro_batch > 1:
+        plans = [subprocess.run([str(program()), *MODELS[model], "--recipe", recipe, "--micro-batch", str(micro_batch), "--dry-run"], capture_output=True, text=True)
+                 for recipe in ("bf16", "tensorwise")]
+        if all(plan.returncode == 0 and "does not fit" not in plan.stdout for plan in plans):
+            break
+        micro_batch //= 2
+    return micro_batch
 
 
-def speeds(report, runs, a):
-    steps = 6 if a.rehearse else 12
-    for name, model in (REHEARSAL if a.rehearse else MODELS).items():
-        tokens = 4096 if a.rehearse else 524288
-        for load in (tokens, tokens // 64):  # and the hard case: few tokens a GPU and step
-            alone = None
-            for ranks, mode in [(1, "none")] + [(a.ranks, m) for m in MODES]:
-                options = [*model, "--global-batch-tokens", str(load * ranks), "--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "0", "--shard", mode]
-                if load < tokens:
-                    options += ["--micro-batch", "1" if a.rehearse else str(load // 1024)]
-                case = f"speed {name}, {load} tokens a GPU and step, {ranks} ranks, {mode}"
-                out, errors = runs.train(ranks, *options)
-                if out is None:
-                    line = (own_errors(errors) or [errors[-200:]])[0]
-                    report.test(case, "skip" if "only none is implemented" in line else "fail", line)
-                    continue
-                step_s = statistics.median(r["tokens"] / r["tokens_per_s"] if "tokens_per_s" in r else r["ms"] * 1e-3 for r in records(out, "step")[2:])
-                rate = load / step_s  # of one GPU
-                alone = alone or rate
-                share = rate / alone
-                bar = {"none": 0.97, "optimizer": 0.97, "full": 0.93}.get(mode) if name == "gpt2-1558M" and load == tokens and ranks > 1 else None
-                report.bench.append({"kind": "train", "model": name, "gpus": ranks, "shard": mode, "tokens_per_step": load * ranks, "tokens_per_s": rate * ranks,
-                                     "ms_per_step": step_s * 1e3, "share_of_one_gpu": share})
-                report.test(case, "fail" if bar and share < bar else "pass", f"{rate:.0f} tokens/s a GPU, {share:.1%} of one GPU's, {step_s * 1e3:.1f} ms a step")
+def gathered_bytes(out):
+    return sum(t["gathered"] for t in records(out, "traffic")[-1]["communicators"])
 
 
-def losses(report, runs, a):
-    steps = 30 if a.rehearse else 300
-    model = REHEARSAL["tiny"] if a.rehearse else MODELS["gpt2-124M"]
-    for recipe in ("bf16", "tensorwise"):
-        final = {}
-        for case, ranks, seed in (("one", 1, 1337), ("other seed", 1, 1338), ("several", a.ranks, 1337)):
-            out, errors = runs.train(ranks, *model, "--recipe", recipe, "--seed", str(seed), "--global-batch-tokens", "4096" if a.rehearse else "65536", "--steps", str(steps),
-                                     "--eval-every", str(steps), "--checkpoint-every", "0")
-            if out is None:
-                report.test(f"losses {recipe}, {case}", "fail", (own_errors(errors) or [errors[-200:]])[0])
-                return
-            final[case] = records(out, "eval")[-1]["loss"]
-        spread = abs(final["one"] - final["other seed"])
-        difference = abs(final["several"] - final["one"])
-        report.test(f"losses {recipe} after {steps} steps", "pass" if difference <= spread else "fail",
-                    f"{a.ranks} GPUs {final['several']:.4f}, one {final['one']:.4f}, another seed {final['other seed']:.4f}")
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
 
 
-def faults(report, runs, a):
-    model = REHEARSAL["tiny"] if a.rehearse else MODELS["gpt2-124M"]
-    for name, number in (("kill -9", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)):
-        out, command = runs.command(a.ranks, *model, "--global-batch-tokens", "4096" if a.rehearse else "131072", "--steps", "1000000", "--eval-every", "0",
-                                    "--checkpoint-every", "5")
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    model: str
+    recipe: str
+    mode: str           # of --shard; "alone": one GPU
+    tokens: int         # a GPU and step
+
+    @property
+    def name(self):
+        return f"speed {self.model} {self.recipe} {self.mode}, {self.tokens} tokens a GPU and step"
+
+    def seconds(self):
+        rate = {"gpt2-124M": 600e3, "gpt2-1558M": 60e3, "gpt2-3B": 30e3}.get(self.model, 1e6)
+        start = {"gpt2-124M": 15, "gpt2-1558M": 35, "gpt2-3B": 60}.get(self.model, 5)
+        return start + (WARM_UP + TRACED + MEASURED) * self.tokens / rate
+
+    def run(self, report, runs):
+        ranks = 1 if self.mode == "alone" else runs.a.ranks
+        tokens = self.tokens if not runs.a.rehearse else 512 * (2 if self.tokens == TOKENS else 1)
+        if self.model not in runs.micro_batches:
+            runs.micro_batches[self.model] = fitting_micro_batch(runs, self.model)
+        context = 64 if runs.a.rehearse else 1024
+        micro_batch = min(runs.micro_batches[self.model], tokens // context)
+        out, text, used = runs.until_last_step(ranks, *MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks,
+                                               "--steps", WARM_UP + TRACED + MEASURED, "--profile", TRACED, "--eval-every", 0, "--checkpoint-every", 0,
+                                               "--shard", "none" if self.mode == "alone" else self.mode)
+        step_s = statistics.median(r["seconds"] for r in records(out, "step")[-MEASURED:])
+        rate = tokens / step_s  # of one GPU
+        row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": "none" if self.mode == "alone" else self.mode, "seq_len": context,
+               "micro_batch": micro_batch, "tokens_per_step": tokens * ranks, "tokens_per_s": round(rate * ranks), "ms_per_step": round(step_s * 1e3, 3),
+               "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0)}
+        figure = f"{rate:.0f} tokens/s a GPU, {step_s * 1e3:.1f} ms a step, {row['memory_gib']:.1f} GiB"
+        failed = []
+        if self.mode == "alone":
+            runs.alone[self.model, self.recipe, self.tokens] = rate
+        else:
+            figure += self.judge(runs, out, rate, row, failed)
+        report.test(self.name, "fail" if failed else "pass", figure + "".join(f"; {what}" for what in failed), row)
+
+    def judge(self, runs, out, rate, row, failed):
+        figure, measured = "", not runs.a.rehearse and self.model == "gpt2-1558M"
+        alone = runs.alone.get((self.model, self.recipe, self.tokens))
+        if alone:
+            row["share_of_one_gpu"] = round(rate / alone, 4)
+            figure += f", {rate / alone:.1%} of one GPU's"
+        bar = BARS.get(self.mode) if measured and self.tokens == TOKENS and runs.a.ranks == 2 else None
+        if bar and not (alone and rate / alone >= bar):
+            failed.append(f"at least {bar:.0%}")
+        row["gathered_bytes"] = gathered_bytes(out)
+        figure += f", {row['gathered_bytes'] / 2**20:.1f} MiB gathered (a captured call counts once)"
+        profile = records(out, "profile")[-1]
+        pairs = list(zip(profile["communication_ms"], profile["exposed_ms"]))
+        if any(communication > 0 for communication, _ in pairs):
+            communication, exposed = max(pairs, key=lambda pair: pair[1])
+            row |= {"communication_ms": round(communication, 3), "exposed_ms": round(exposed, 3), "exposed_share": round(exposed / communication, 4)}
+            figure += f", {communication:.1f} ms of communication, {exposed:.1f} ms ({exposed / communication:.0%}) exposed"
+            if measured and self.tokens == FEW_TOKENS and self.mode in ("optimizer", "full") and exposed > MOST_EXPOSED * communication:
+                failed.append(f"at most {MOST_EXPOSED:.0%} exposed")
+        elif not runs.a.rehearse:
+            failed.append("the timeline shows no communication")
+        return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """Bytes that a model of one block more gathers more: with FP8 exactly half of BF16's."""
+    mode: str
+
+    @property
+    def name(self):
+        return f"gathered bytes of a block, {self.mode}"
+
+    def seconds(self):
+        return 60
+
+    def run(self, report, runs):
+        model = ["--model", "tiny"] if runs.a.rehearse else ["--model", "gpt2-124M"]
+        bytes_of = {}
+        for recipe in ("bf16", "tensorwise"):
+            gathered = []
+            for layers in (2, 3):
+                out, _, _ = runs.until_last_step(runs.a.ranks, *model, "--n-layers", layers, "--recipe", recipe, "--micro-batch", 4, "--global-batch-tokens",
+                                                 8 * (64 if runs.a.rehearse else 1024) * runs.a.ranks, "--steps", 2, "--eval-every", 0, "--checkpoint-every", 0, "--shard", self.mode)
+                gathered.append(gathered_bytes(out))
+            bytes_of[recipe] = gathered[1] - gathered[0]
+        half = 2 * bytes_of["tensorwise"] == bytes_of["bf16"] > 0
+        report.test(self.name, "pass" if half else "fail", f"{bytes_of['tensorwise']} with FP8, {bytes_of['bf16']} with BF16: ratio {bytes_of['tensorwise'] / max(1, bytes_of['bf16']):.4f}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    recipe: str
+
+    @property
+    def name(self):
+        return f"losses of 300 steps, {self.recipe}"
+
+    def seconds(self):
+        return 150
+
+    def run(self, report, runs):
+        steps = 30 if runs.a.rehearse else 300
+        common = [*MODELS["tiny" if runs.a.rehearse else "gpt2-124M"], "--recipe", self.recipe, "--val", runs.a.val, "--micro-batch", 4 if runs.a.rehearse else 16,
+                  "--global-batch-tokens", 1024 if runs.a.rehearse else 65536, "--steps", steps, "--eval-every", steps // 6,
+                  *(["--eval-tokens", 2048] if runs.a.rehearse else []), "--checkpoint-every", 0]
+        one, other = runs.whole([[*common, "--seed", 1337], [*common, "--seed", 1338]])
+        for mode in ("full", "none"):
+            several, process = runs.start(runs.a.ranks, *common, "--seed", 1337, "--shard", mode)
+            _, errors = process.communicate(timeout=1800)
+            if process.returncode != 0:
+                raise Failed(own_line(errors))
+            curve = {name: [r["loss"] for r in records(out, "eval")[1:]] for name, out in (("one", one), ("other", other), ("several", several))}
+            spread, difference = (statistics.fmean((x - y) ** 2 for x, y in zip(curve["one"], curve[b])) ** 0.5 for b in ("other", "several"))
+            report.test(f"{self.name}, {mode}", "pass" if difference <= spread and len(curve["one"]) == 6 else "fail",
+                        f"{runs.a.ranks} GPUs end at {curve['several'][-1]:.4f}, one at {curve['one'][-1]:.4f}, another seed at {curve['other'][-1]:.4f}; "
+                        f"differences over {len(curve['one'])} evaluations {difference:.5f} and {spread:.5f}")
+            shutil.rmtree(several)  # checkpoints
+        shutil.rmtree(one), shutil.rmtree(other)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    kind: str
+
+    @property
+    def name(self):
+        return f"fault: {self.kind}"
+
+    def seconds(self):
+        return 45
+
+    def run(self, report, runs):
+        before = gpu_memory_mib()
+        seconds, status, errors, words, outs = getattr(self, self.kind.replace(" ", "_"))(runs)
+        lines = own_errors(errors)
+        left = [pid for out in outs for pid in ranks_of(out).values()]
+        deadline = time.monotonic() + 10
+        while any(now > was + 64 for now, was in zip(gpu_memory_mib(), before)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        kept = [now - was for now, was in zip(gpu_memory_mib(), before) if now > was + 64]
+        good = status != 0 and len(lines) == 1 and all(w in lines[0] for w in words) and seconds <= runs.a.timeout + 10 and not left and not kept
+        report.test(self.name, "pass" if good else "fail", f"ended after {seconds:.1f} s (time-out {runs.a.timeout} s): {lines}" + (f"; processes left {left}" if left else "") +
+                    (f"; MiB of GPU memory left {kept}" if kept else ""))
+
+    def endless(self, runs):
+        out, process = runs.start(runs.a.ranks, *self.model(runs), "--steps", 1000000, "--eval-every", 0, "--checkpoint-every", 50)
         for line in process.stdout:
             if "saved " in line and "/step_" in line:
                 break
-        os.kill(ranks_of(out)[1], number)
+        return out, process
+
+    @staticmethod
+    def model(runs):
+        return [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks]
+
+    def signalled(self, runs, number, *words):
+        out, process = self.endless(runs)
+        try:
+            os.kill(ranks_of(out)[1], number)
+            start = time.monotonic()
+            _, errors = process.communicate(timeout=runs.a.timeout + 60)
+            seconds = time.monotonic() - start
+            time.sleep(0.5)
+            return seconds, process.returncode, errors, ("rank 1 (", *words), [out]
+        finally:
+            if process.poll() is None:
+                runs.end(out, process)
+
+    def kill_of_a_rank(self, runs):
+        return self.signalled(runs, signal.SIGKILL, "died")
+
+    def stop_of_a_rank(self, runs):
+        return self.signalled(runs, signal.SIGSTOP, "no sign of life")
+
+    def another_option(self, runs):
+        out, command = runs.command(1, *self.model(runs), "--steps", 2)
         start = time.monotonic()
-        _, errors = process.communicate(timeout=a.timeout + 60)
-        seconds, lines = time.monotonic() - start, own_errors(errors)
-        time.sleep(1)
-        good = process.returncode != 0 and len(lines) == 1 and "rank 1 (" in lines[0] and seconds < a.timeout + 10 and not ranks_of(out)
-        report.test(f"fault {name}", "pass" if good else "fail", f"{seconds:.1f} s, {lines}")
-    out, command = runs.command(1, *model, "--steps", "2")
-    position = command.index(str(program()))
-    both = [*command, ":", "-np", "1", *command[position:], "--seed", "5"]
-    done = subprocess.run(both, env=environment(), capture_output=True, text=True, timeout=120)
-    lines = own_errors(done.stderr)
-    report.test("fault other option", "pass" if done.returncode != 0 and len(lines) == 1 and "rank 1 has --seed 5" in lines[0] else "fail", str(lines))
+        done = subprocess.run([*command, ":", "-np", "1", *command[command.index(str(program())):], "--seed", "5"], env=environment(), capture_output=True, text=True,
+                              timeout=runs.a.timeout + 60)
+        return time.monotonic() - start, done.returncode, done.stderr, ("rank 1 has --seed 5",), [out]
+
+    def missing_rank(self, runs):
+        out, command = runs.command(1, *self.model(runs), "--steps", 2)
+        start = time.monotonic()
+        with as_torchrun(2, (0,), command[command.index(str(program())):]) as processes:
+            errors = "".join(p.communicate(timeout=runs.a.timeout + 60)[1] for p in processes)
+        return time.monotonic() - start, max(p.returncode for p in processes), errors, ("rank 1 of 2 has not joined",), [out]
 
 
-def collectives(report, a):
-    for part in ("check", "bench"):
-        done = subprocess.run([*mpirun(a.ranks), str(program().parent / "dev" / "collectives"), part], env=environment(NCCL_NVLS_ENABLE="0"), capture_output=True, text=True, timeout=600)
-        print(done.stdout)
-        report.test(f"collectives {part}", "pass" if done.returncode == 0 else "skip" if done.returncode == 77 else "fail", done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:])
+# ----------------------------------------------------------------------------------------------------------------------
+# All
+
+
+def rows(rehearse):
+    large, small, huge = "gpt2-1558M", "gpt2-124M", "gpt2-3B"
+
+    def speeds(model, recipe, tokens, *modes):
+        return [Speed(model, recipe, mode, tokens) for mode in modes]
+    faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "another option", "missing rank")]
+    if rehearse:
+        return [*speeds("tiny", "tensorwise", TOKENS, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
+                Gathered("full"), Gathered("gradients"), *faults, Losses("tensorwise"), Losses("bf16")]
+    wanted = [*speeds(large, "tensorwise", TOKENS, "alone", "none", "optimizer", "full"), *speeds(large, "bf16", TOKENS, "alone", "full"),
+              *speeds(large, "tensorwise", FEW_TOKENS, "alone", "full", "optimizer"), *[Gathered(mode) for mode in ("full", "gradients")], *faults,
+              *[Losses(recipe) for recipe in ("tensorwise", "bf16")], *speeds(large, "tensorwise", TOKENS, "gradients"),
+              *speeds(small, "tensorwise", TOKENS, "alone", "none", "optimizer", "gradients", "full"), *speeds(large, "bf16", TOKENS, "none", "optimizer", "gradients"),
+              *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(large, "bf16", FEW_TOKENS, "alone", "full"),
+              *speeds(small, "bf16", TOKENS, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(huge, "tensorwise", TOKENS, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "bf16", TOKENS, "alone", "full")]
+    return list(dict.fromkeys(wanted))
+
+
+def run_row(row, report, runs, left_s):
+    if row.seconds() > left_s:
+        return report.test(row.name, "skip", f"about {row.seconds():.0f} s, {left_s:.0f} s are left")
+    start = time.monotonic()
+    try:
+        row.run(report, runs)
+    except Failed as failed:
+        report.test(row.name, "skip" if "only none is implemented" in str(failed) else "fail", str(failed))
+    except (subprocess.TimeoutExpired, KeyError, IndexError, FileNotFoundError, statistics.StatisticsError) as error:
+        report.test(row.name, "fail", f"{type(error).__name__}: {error}")
+    return print(f"      ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--val", required=True)
-    parser.add_argument("--timeout", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=["collectives", "speeds", "losses", "faults"])
+    parser.add_argument("--train", default="shards/code_gpt2")
+    parser.add_argument("--val", default="shards/code_gpt2")
+    parser.add_argument("--timeout", type=int, help="of the ranks, seconds (20; in a rehearsal 5)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all rows")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose name has one of these in it")
     parser.add_argument("--rehearse", action="store_true", help="on the reference device, to try this script")
-    parser.add_argument("--json")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--earlier", type=pathlib.Path, metavar="FILE", help="results of an earlier call, to which this one's are added")
     a = parser.parse_args()
-    report = Report()
+    a.timeout = a.timeout or (5 if a.rehearse else 20)
+    chosen = [row for row in rows(a.rehearse) if not a.only or any(part in row.name for part in a.only)]
+    if a.list:
+        print("\n".join(f"{row.seconds():5.0f} s  {row.name}" for row in chosen))
+        return 0
+    if not a.rehearse and len(gpu_memory_mib()) < a.ranks:
+        print(f"multi_gpu: skipped: needs {a.ranks} GPUs")
+        return NO_GPUS
+    start, report = time.monotonic(), Report(a.json, a.earlier)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(a, pathlib.Path(folder))
-        if "collectives" in a.only:
-            collectives(report, a)
-        for name, part in (("speeds", speeds), ("losses", losses), ("faults", faults)):
-            if name in a.only:
-                part(report, runs, a)
-    if a.json:
-        pathlib.Path(a.json).write_text(json.dumps({"name": "multi_gpu", "tests": report.tests, "bench": report.bench}, indent=1))
-    counts = {s: sum(t["status"] == s for t in report.tests) for s in ("pass", "fail", "skip")}
-    print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
-    return 1 if counts["fail"] else 0
+        for row in chosen:
+            run_row(row, report, runs, a.seconds - (time.monotonic() - start))
+    print(f"{report.count('pass')} passed, {report.count('fail')} failed, {report.count('skip')} skipped in {time.monotonic() - start:.0f} s")
+    return 1 if report.count("fail") else 0
 
 
 if __name__ == "__main__":

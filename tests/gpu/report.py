@@ -37,6 +37,7 @@ OUTSIDE = ("build/", "deps/", "/")  # not of this repository
 
 
 CHECKS, BENCHMARKS = PARTS = ("checks", "benchmarks")
+OF_RANKS = ("collectives", "sharding")  # dev programs that run on all GPUs of a machine, a rank each
 
 
 class Entry:
@@ -70,6 +71,19 @@ def objects_in(folder):
     return [str(p.relative_to(ROOT).with_suffix("")) for p in sources]
 
 
+def gpus():
+    return len([line for line in output_of("nvidia-smi", "-L").splitlines() if line.startswith("GPU ")])
+
+
+def on_all_gpus(command):
+    """One rank a GPU. What is appended, --json FILE, is the last rank's alone: mpirun numbers the ranks in the order of its parts."""
+    ranks = gpus()
+    if ranks < 2:
+        return command
+    part = ["-x", "NCCL_NVLS_ENABLE=0", *command]
+    return ["mpirun", "--allow-run-as-root", "--bind-to", "none", "-np", str(ranks - 1), *part, ":", "-np", "1", *part]
+
+
 def has_cudnn():
     try:
         ctypes.CDLL("libcudnn.so.9")
@@ -87,7 +101,8 @@ def entries():
         kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "kernels/common/mark", "trainer/reference/quantizer"]
         linked = kernel if (ROOT / "kernels" / source.name).exists() else library_objects()
         program = str(BUILD / "dev" / source.stem)
-        found.append(Entry(source.stem, [(CHECKS, [program, "check"]), (BENCHMARKS, [program, "bench"])], own + linked))
+        parts = [(CHECKS, [program, "check"]), (BENCHMARKS, [program, "bench"])]
+        found.append(Entry(source.stem, [(part, on_all_gpus(command) if source.stem in OF_RANKS else command) for part, command in parts], own + linked))
         if source.stem == "attention":  # the peers in the same call
             found[-1].commands.append((BENCHMARKS, python_test("attention_peers.py")))
             found[-1].scripts.append("tests/gpu/attention_peers.py")
@@ -101,12 +116,15 @@ def entries():
     found.append(Entry("train", [(BENCHMARKS, command) for command in train], ["dev/profile"] + library, ["tests/gpu/train_peers.py"]))
     found.append(Entry("program", [(BENCHMARKS, python_test("program.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
     found.append(Entry("saving", [(BENCHMARKS, python_test("saving.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
-    checked = sorted({name for entry in found if entry.commands[0][1][0] == str(BUILD / "dev" / entry.name) for name in entry.objects})
+    checked = sorted({name for entry in found if str(BUILD / "dev" / entry.name) in entry.commands[0][1] for name in entry.objects})
     found.append(Entry("sanitizer", [(CHECKS, python_test("sanitize.py"))], checked, ["tests/gpu/sanitize.py"], long=True))
     built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile
     mutants = [sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]
     found.append(Entry("mutants", [(CHECKS, mutants)], checked, ["tests/mutants.py"], long=True))
-    shards, runs = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2"), os.environ.get("LEARNING_RUNS", "runs/learning")
+    shards = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2")
+    found.append(Entry("multi_gpu", [(BENCHMARKS, python_test("multi_gpu.py", "--train", shards, "--val", shards))], ["train_gpt_fp8"] + library,
+                       ["tests/gpu/multi_gpu.py", "tests/gpu/multi_gpu_runs.py", "tests/distributed_tests.py", "tests/program_tests.py"], long=True))
+    runs = os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [(CHECKS, python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png")))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "dev/plot.py", "dev/run_log.py"], long=True))
     found.append(Entry("attention_training", [(CHECKS, python_test("attention_training.py"))], ["train_gpt_fp8", "data/prepare"] + library,
