@@ -1,37 +1,66 @@
 #!/usr/bin/env python3
 """A model of weak scaling to 1,024 H100s: what share of one GPU's speed is left, from figures measured on one and two GPUs.
 
-Weak scaling: every GPU has the same tokens a step, so the global batch grows with the GPUs. One optimizer step of one GPU is
+Weak scaling: every GPU has the same tokens a step, so the global batch grows with the GPUs. N GPUs in nodes of 8; shards are cut
+among the n = N / R ranks of a group, R groups are replicas (--replicate R; "a node" means R = N / 8). k micro-batches a step.
 
-    t = k (t_forward + t_backward) + t_optimizer + exposed communication,      k micro-batches of M tokens
+    step      = k (forward + backward) + per-step kernels + exposed communication + SMs taken
+    forward   = 1/3, backward = 2/3 of (6 P + 6 L C T) tokens / (MFU x peak), in L equal blocks f, b and the head's part of its unit
 
-    t_forward, t_backward   1/3 and 2/3 of (6 N + 6 L C T) M / (MFU * 989.4 TFLOP/s), in L equal blocks
-    t_optimizer             30 bytes a parameter that the rank updates, at the measured copy speed
-    collective of S bytes   latency(n) + (n - 1)/n * S / bus(S), over the n ranks that it spans
+A collective of S bytes over n ranks, p of them on each node (a ring, as NCCL models it):
 
-    latency(n)              25 us to launch, and one hop of 2 us a doubling inside a node, 8 us a doubling between nodes (trees)
-    bus(S)                  inside a node: measured on two H200s, interpolated in log S; between nodes the smaller of that and the
-                            node's links: 8 x 400 Gb/s x 0.85, which its 8 GPUs' rings share
-    none, optimizer         a block's gradients are reduced behind the backward of the blocks below it, in the last micro-batch;
-                            weights are gathered behind the next step's first forward:
-                            exposed = last unit's collective + max(0, L * collective - hidden work), for each of the two
-    full                    every micro-batch gathers each block before its forward and its backward, one block ahead, and
-                            scatters its gradients behind the backward of the next:
-                            exposed = first gather + last scatter + L * (max(0, gather - forward) + max(0, gather + scatter - backward))
+    time      = fixed + steps + (n - 1)/n x S / speed                       gather, scatter; a reduction of both: twice the rest
+    steps     = (n - n/p) hops inside nodes + (n/p - 1) hops between nodes   so it grows with the ranks, and with every collective
+    tree      = 2 (p hops inside + log2(n/p) hops between)                   instead of a reduction's ring, where that is shorter
+    speed     = the smaller of `bus`, measured inside a node, and links / 8 x p x 50 GB/s x 0.85 between nodes
 
-Not in it: stragglers, congestion, and what collectives take from the SMs (bounded by --ctas / 132 of the compute while they run).
-The MFU, bandwidths and copy speed are measured; latencies, the 0.85 and the equal MFU of the larger shapes are assumptions.
+    fixed and bus come from the measured microseconds: the straight line through them (least squares of relative errors).
+
+One communication stream, in program order; a unit is a block, or embedding and head (their bytes count as any unit's):
+
+    optimizer   reduction of each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the
+                blocks below it, in the last micro-batch; gather of each unit behind the next step's first forward
+    full        every micro-batch gathers each unit before its forward and again before its backward, one ahead of it, and scatters its
+                gradients behind the backward of the next; replicas reduce the shards in the last micro-batch
+    exposed     = first gather + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
+    SMs taken   = CTAs / 132 x the part of the communication that is hidden: while it runs, compute has that much less
+    kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element), sums of scattered gradients (8 + 4 bytes of the
+                shard, 6 more of the unit where they travel in BF16); a step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
+
+Efficiency is against one GPU that holds everything: above 100 % where the shared optimizer saves more than communication costs.
+
+Memory is masters and moments (12 bytes a parameter of the shard), gradients (4 bytes: of the shard and two units for full, of all
+otherwise), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
+and 2.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
+
+Measured: MFU, copy speed, collectives. Assumed: the hops (NCCL's own constants), 0.85, the same MFU for larger shapes, no stragglers, no
+congestion. Where tokens a GPU are few, MFU is not what was measured with many.
 """
 import argparse
 import dataclasses
 import math
 
-BF16_PEAK = 989.4e12
-COPY = 3.01e12                       # one H100, bytes read and written
-NODE, LINK, LINK_SHARE = 8, 50e9, 0.85
-# Two H200s, NVLink, NVLS off, NCCL 2.28: bus bandwidth, GB/s, by MiB.
-GATHER = {1: 10, 4: 36, 16: 101, 64: 180, 256: 226, 1024: 262}
-SCATTER = {1: 7, 4: 35, 16: 102, 64: 172, 256: 213, 1024: 263}  # FP32
+# ----------------------------------------------------------------------------------------------------------------------
+# Measured figures. Each with the device it is from.
+
+PEAK = 989.4e12              # H100 SXM, dense BF16
+MFU = {"fp8": 0.726,         # one H100 80GB HBM3: 1558M, micro-batch 16, tensorwise (tests/gpu_report/train.json)
+       "bf16": 0.533}        #   the same, bf16
+COPY = 3.02e12               # one H100, bytes read and written a second (the copy of tests/gpu_report/quantize.json)
+MEMORY_GIB = 79.0
+# Microseconds of one collective of so many MiB over 2 ranks: two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs.
+GATHER_US = {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}
+SCATTER_US = {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}
+CTAS = 16                    # of a collective, at most (--ctas; the bound that the trainer sets)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Assumed
+
+NODE = 8                     # GPUs
+LINK, LINK_SHARE = 50e9, 0.85  # 400 Gb/s, and what a collective gets of it
+HOP_INSIDE, HOP_BETWEEN = 3.4e-6, 14e-6  # a ring's step in NCCL's tuning, Simple protocol: NVLink, network
+SMS = 132
+OTHER_GIB = 2.5              # context, library workspaces, logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,94 +68,227 @@ class Shape:
     name: str
     layers: int
     width: int
-    block: float       # parameters of a block's matrices
-    embeddings: float  # lookup tables and head
-    head: float        # of these, what is multiplied
+    ffn: int
+    block: float        # parameters of a block's matrices
+    vocabulary: int
+    tied: bool
     context: int
-    micro_batch_tokens: int
+    micro_batch: int    # tokens
+
+    @property
+    def head(self):
+        return self.vocabulary * self.width
+
+    @property
+    def embeddings(self):  # lookup tables and head
+        return self.head * (1 if self.tied else 2)
 
     @property
     def parameters(self):
         return self.layers * self.block + self.embeddings
 
-    def flops(self):   # of a token, forward and backward
-        return 6 * (self.layers * self.block + self.head) + 6 * self.layers * self.width * self.context
+    def block_flops(self):  # of a token, forward and backward
+        return 6 * self.block + 6 * self.width * self.context
+
+    def head_flops(self):
+        return 6 * self.head
 
 
 SHAPES = [
-    Shape("gpt2-1558M", 48, 1600, 12 * 1600**2, 51.9e3 * 1600, 50257 * 1600, 1024, 16384),
-    Shape("8B", 32, 4096, 4096**2 * 2.5 + 3 * 4096 * 14336, 2 * 128256 * 4096, 128256 * 4096, 8192, 8192),
-    Shape("70B", 80, 8192, 8192**2 * 2.25 + 3 * 8192 * 28672, 2 * 128256 * 8192, 128256 * 8192, 8192, 8192),
+    Shape("gpt2-1558M", 48, 1600, 6400, 12 * 1600**2, 50257, True, 1024, 16384),
+    Shape("8B", 32, 4096, 14336, 4096**2 * 2.5 + 3 * 4096 * 14336, 128256, False, 4096, 8192),
+    Shape("70B", 80, 8192, 28672, 8192**2 * 2.25 + 3 * 8192 * 28672, 128256, False, 2048, 2048),
 ]
 
 
-def bus(table, size):
-    """Bytes a second, log-linear between the measured sizes and flat outside of them (below: in proportion)."""
-    mib = size / 2**20
-    sizes = sorted(table)
-    if mib <= sizes[0]:
-        return table[sizes[0]] * 1e9 * mib / sizes[0]
-    if mib >= sizes[-1]:
-        return table[sizes[-1]] * 1e9
-    low = max(s for s in sizes if s <= mib)
-    high = min(s for s in sizes if s > mib)
-    part = math.log(mib / low) / math.log(high / low)
-    return (table[low] + part * (table[high] - table[low])) * 1e9
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    shape: Shape
+    gpus: int
+    mode: str                  # optimizer or full
+    replicas: int = 1
+    tokens: int = 65536        # of a GPU and step
+    gradient_bytes: int = 4
+    weight_bytes: int = 1
+    links: int = 8             # of a node
+    ctas: int = CTAS
+
+    @property
+    def ranks(self):           # of a group
+        return self.gpus // self.replicas
+
+    @property
+    def micro_batches(self):
+        return max(1, round(self.tokens / self.shape.micro_batch))
 
 
-def collective(table, size, ranks):
+# ----------------------------------------------------------------------------------------------------------------------
+# Collectives
+
+
+def fitted(table):
+    """(fixed seconds, bytes a second) of the straight line through measured microseconds over 2 ranks, one hop taken off."""
+    points = [((2**20 * mib) / 2, us * 1e-6) for mib, us in table.items()]
+    # time / measured = 1: least squares of a / t + b x / t - 1
+    aa, ab, bb = (sum(w / t**2 for w, t in ((f(x), t) for x, t in points)) for f in (lambda x: 1, lambda x: x, lambda x: x * x))
+    a1, b1 = sum(1 / t for _, t in points), sum(x / t for x, t in points)
+    slope = (aa * b1 - ab * a1) / (aa * bb - ab * ab)
+    return max(0.0, (a1 - ab * slope) / aa - HOP_INSIDE), 1 / slope
+
+
+def speed_between(per_node, links):
+    """Of ranks that share a node's links with its other groups: a node's 8 / per_node groups run at the same time."""
+    return links * LINK * LINK_SHARE * per_node / NODE
+
+
+def ring(table, size, ranks, per_node, links):
+    """Seconds of a gather or scatter of `size` bytes in all."""
     if ranks == 1:
         return 0.0
-    inside = min(ranks, NODE)
-    nodes = ranks / inside
-    latency = 25e-6 + 2e-6 * math.log2(inside) + 8e-6 * math.log2(max(1, nodes))
-    speed = bus(table, size)
+    nodes = ranks // per_node
+    fixed, speed = fitted(table)
     if nodes > 1:
-        speed = min(speed, NODE * LINK * LINK_SHARE)
-    return latency + (ranks - 1) / ranks * size / speed
+        speed = min(speed, speed_between(per_node, links)) if per_node > 1 else speed_between(1, links)
+    return fixed + (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN + (ranks - 1) / ranks * size / speed
 
 
-def step(shape, gpus, mode, tokens, mfu, gradient_bytes, weight_bytes):
-    """Seconds of a step, exposed seconds, bytes of state a GPU."""
-    k = max(1, round(tokens / shape.micro_batch_tokens))
-    compute = shape.flops() * shape.micro_batch_tokens / (mfu * BF16_PEAK)
-    forward, backward = compute / 3 / shape.layers, compute * 2 / 3 / shape.layers  # of a block
-    gather = collective(GATHER, shape.block * weight_bytes, gpus)
-    scatter = collective(SCATTER, shape.block * gradient_bytes, gpus)
-    if mode == "full":
-        exposed = k * (gather + scatter + shape.layers * (max(0, gather - forward) + max(0, gather + scatter - backward)))
+def reduction(size, ranks, per_node, links):
+    if ranks == 1:
+        return 0.0
+    nodes = ranks // per_node
+    fixed, _ = fitted(SCATTER_US)
+    one_way = ring(SCATTER_US, size, ranks, per_node, links) - fixed
+    steps = (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN
+    tree = per_node * HOP_INSIDE + math.log2(nodes) * HOP_BETWEEN
+    return fixed + 2 * (one_way - steps + min(steps, tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Collectives of a unit of the model, seconds: gather and scatter in the group, reduction of the shard among replicas."""
+    gather: float
+    scatter: float
+    replicate: float
+
+
+def unit_times(s, elements, weight_bytes):
+    per_node = min(s.ranks, NODE)
+    # Replicas of a group that spans whole nodes have one rank a node each; of a smaller one, 8 / ranks of them share a node.
+    replicas_per_node = min(s.replicas, NODE // per_node)
+    return Unit(ring(GATHER_US, elements * weight_bytes, s.ranks, per_node, s.links),
+                ring(SCATTER_US, elements * s.gradient_bytes, s.ranks, per_node, s.links),
+                reduction(elements * 4 / s.ranks, s.replicas, replicas_per_node, s.links))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+@dataclasses.dataclass
+class Step:
+    compute: float = 0.0      # forward and backward
+    kernels: float = 0.0      # the optimizer's, transposes, sums
+    exposed: float = 0.0
+    hidden: float = 0.0
+    taken: float = 0.0        # of compute, by what is hidden
+
+    @property
+    def seconds(self):
+        return self.compute + self.kernels + self.exposed + self.taken
+
+    def beside(self, communication, compute, times=1):
+        """Communication that may run behind compute."""
+        self.hidden += times * min(communication, compute)
+        self.exposed += times * max(0.0, communication - compute)
+
+
+def per_step_kernels(s):
+    held = s.shape.parameters / s.ranks
+    return held * (28 + 4 + 5) / COPY
+
+
+def micro_batch_kernels(s):
+    """Only where weights and gradients are sharded: transposed copies, sums of what was scattered."""
+    if s.mode != "full" or s.ranks == 1:
+        return 0.0
+    transposes = 2 * s.shape.layers * s.shape.block if s.weight_bytes == 1 else 0
+    sums = s.shape.parameters / s.ranks * (8 + s.gradient_bytes) + (6 * s.shape.parameters if s.gradient_bytes == 2 else 0)
+    return (transposes + sums) / COPY
+
+
+def step(s):
+    shape, k, L = s.shape, s.micro_batches, s.shape.layers
+    rate = (MFU["fp8"] if s.weight_bytes == 1 else MFU["bf16"]) * PEAK
+    block, head = shape.block_flops() * shape.micro_batch / rate, shape.head_flops() * shape.micro_batch / rate
+    f, b = block / 3, block * 2 / 3
+    result = Step(compute=k * (L * block + head), kernels=per_step_kernels(s) + k * micro_batch_kernels(s))
+    unit, edge = unit_times(s, shape.block, s.weight_bytes), unit_times(s, shape.embeddings, 2)  # embeddings are BF16 always
+    if s.mode == "full":
+        for micro_batch in range(k):
+            replicate = unit.replicate if micro_batch == k - 1 else 0.0
+            result.exposed += edge.gather                                        # the first gather; the head's is the same unit
+            result.beside(unit.gather, f, L)
+            result.beside(unit.gather + unit.scatter + replicate, b, L)
+            result.exposed += edge.scatter + (edge.replicate if replicate else 0.0)  # a tied unit is ready last
     else:
-        all_reduce = scatter + collective(SCATTER, shape.block * gradient_bytes, gpus)
-        reduce = scatter if mode == "optimizer" else all_reduce
-        exposed = reduce + max(0, shape.layers * reduce - (shape.layers - 1) * backward)
-        if mode == "optimizer":
-            exposed += gather + max(0, shape.layers * gather - (shape.layers - 1) * forward)
-    edge = collective(SCATTER, shape.embeddings * gradient_bytes, gpus) * (k if mode == "full" else 1)  # the tied or last unit, behind nothing
-    exposed += edge
-    slices = 1 if mode == "none" else gpus
-    optimizer = 30 * shape.parameters / slices / COPY
-    state = shape.parameters * (12 / slices + (4 + 2 * weight_bytes if mode != "full" else (4 + weight_bytes) / slices))
-    return k * compute + optimizer + exposed, exposed, state
+        result.beside(unit.scatter + unit.replicate, b, L - 1)
+        result.exposed += unit.scatter + unit.replicate + edge.scatter + edge.replicate
+        result.exposed += edge.gather
+        result.beside(unit.gather, f, L)
+    result.taken = s.ctas / SMS * result.hidden
+    return result
+
+
+def memory_gib(s):
+    shape, ranks = s.shape, s.ranks
+    bodies = shape.layers * shape.block
+    saved = (15 * shape.width + 3 * shape.ffn if s.weight_bytes == 1 else 18 * shape.width + 4 * shape.ffn) * shape.layers * shape.micro_batch
+    state = 12 * shape.parameters / ranks
+    if s.mode == "full" and ranks > 1:
+        buffers = 2 * shape.block * (4 + (2 if s.weight_bytes == 1 else 2)) + shape.embeddings * (4 + 2)
+        held = shape.parameters / ranks * 4 + bodies / ranks * s.weight_bytes + shape.embeddings / ranks * 2 + buffers
+    else:
+        held = shape.parameters * 4 + bodies * 2 + shape.embeddings * 2
+    return (state + held + saved) / 2**30 + OTHER_GIB
+
+
+def alone(s):
+    return dataclasses.replace(s, gpus=1, replicas=1, mode="optimizer")
+
+
+def efficiency(s):
+    return step(alone(s)).seconds / step(s).seconds
+
+
+def rows(a):
+    for shape in SHAPES:
+        for mode, hybrid in (("optimizer", False), ("full", False), ("full", True)):
+            for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+                replicas = gpus // NODE if hybrid else 1
+                if hybrid and replicas == 1:
+                    continue
+                yield Setting(shape, gpus, mode, replicas, a.tokens, a.gradient_bytes, a.weight_bytes, a.links, a.ctas)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mfu", type=float, default=0.55, help="of one GPU (of the BF16 peak)")
     parser.add_argument("--tokens", type=int, default=65536, help="of a GPU and step")
     parser.add_argument("--gradient-bytes", type=int, default=4, choices=(2, 4), help="--reduce-dtype bf16 or f32")
-    parser.add_argument("--weight-bytes", type=int, default=1, choices=(1, 2), help="FP8 or BF16 gather")
+    parser.add_argument("--weight-bytes", type=int, default=1, choices=(1, 2), help="FP8 or BF16 gather (and compute)")
+    parser.add_argument("--links", type=int, default=8, help="400 Gb/s links of a node")
+    parser.add_argument("--ctas", type=int, default=CTAS, help="most CTAs of a collective")
     a = parser.parse_args()
-    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {a.mfu:.0%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
-    print("model        shard       GPUs   step ms  exposed ms  efficiency  tokens/s a GPU  state GiB a GPU")
-    for shape in SHAPES:
-        for mode in ("optimizer", "full"):
-            alone = step(shape, 1, "none", a.tokens, a.mfu, a.gradient_bytes, a.weight_bytes)[0] - 30 * shape.parameters / COPY
-            for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
-                seconds, exposed, state = step(shape, gpus, mode, a.tokens, a.mfu, a.gradient_bytes, a.weight_bytes)
-                fits = "" if state < 70 * 2**30 else "  does not fit in 80 GB"
-                tokens = max(1, round(a.tokens / shape.micro_batch_tokens)) * shape.micro_batch_tokens
-                print(f"{shape.name:12} {mode:10} {gpus:5} {seconds * 1e3:9.1f} {exposed * 1e3:11.1f} {alone / seconds:11.1%} {tokens / seconds:15.0f} "
-                      f"{state / 2**30:16.1f}{fits}")
+    for name, table in (("gather", GATHER_US), ("scatter", SCATTER_US)):
+        fixed, speed = fitted(table)
+        print(f"{name:8} {fixed * 1e6:.0f} us + bytes at {speed * 1e-9:.0f} GB/s inside a node, {speed_between(NODE, a.links) * 1e-9:.0f} GB/s between nodes")
+    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {MFU['fp8' if a.weight_bytes == 1 else 'bf16']:.1%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
+    print("model        shard      replicas  GPUs   step ms  exposed ms  taken ms  kernels ms  efficiency  tokens/s a GPU   GiB")
+    for s in rows(a):
+        t, gib = step(s), memory_gib(s)
+        tokens = s.micro_batches * s.shape.micro_batch
+        note = "" if gib <= MEMORY_GIB else f"  does not fit in {MEMORY_GIB:.0f} GiB"
+        print(f"{s.shape.name:12} {s.mode:10} {s.replicas:8} {s.gpus:5} {t.seconds * 1e3:9.1f} {t.exposed * 1e3:11.1f} {t.taken * 1e3:9.1f} {t.kernels * 1e3:11.1f} "
+              f"{efficiency(s):11.1%} {tokens / t.seconds:15.0f} {gib:5.1f}{note}")
 
 
 if __name__ == "__main__":

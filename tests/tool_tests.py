@@ -1,5 +1,6 @@
 """Tests of the Python tools that look at runs: reading a log, the plot, the exports. What needs a library that is not here is
 skipped after the tool has said so in one line."""
+import dataclasses
 import json
 import pathlib
 import struct
@@ -131,5 +132,28 @@ def writes_wandb_offline_runs():
         assert len(history) == STEPS and history[10]["train/loss"] == 3.89 and history[-1]["val/loss"] == 3.5, history
 
 
+def models_weak_scaling():
+    import weak_scaling as model
+    shape = {s.name: s for s in model.SHAPES}
+    for table in (model.GATHER_US, model.SCATTER_US):
+        for mib, us in table.items():
+            assert abs(model.ring(table, mib * 2**20, 2, 2, 8) * 1e6 / us - 1) < 0.35, f"the line misses {us} us of {mib} MiB"
+
+    def setting(name, gpus, mode, **more):
+        return model.Setting(shape[name], gpus, mode, **more)
+    times = [model.ring(model.GATHER_US, 2**20, n, min(n, 8), 8) for n in (2, 8, 16, 128, 1024)]
+    assert times == sorted(times) and times[-1] > 40 * times[0], f"a ring's latency grows with its ranks: {times}"
+    full, few_links = (model.step(setting("8B", 16, "full", links=links)) for links in (8, 1))
+    assert few_links.exposed > 2 * full.exposed, "one link of 400 Gb/s for a node limits"
+    assert model.efficiency(setting("gpt2-1558M", 1024, "full", replicas=128)) > 2 * model.efficiency(setting("gpt2-1558M", 1024, "full")), "shards inside a node"
+    assert model.step(setting("8B", 8, "full", ctas=0)).taken == 0 < model.step(setting("8B", 8, "full")).taken
+    assert model.memory_gib(setting("8B", 8, "optimizer")) > model.MEMORY_GIB > model.memory_gib(setting("8B", 8, "full"))
+    assert model.memory_gib(setting("gpt2-1558M", 1, "optimizer")) - 60.1 < 10, "1558M on one GPU takes 60.1 GiB (tests/gpu_report/train.json)"
+    wider = dataclasses.replace(shape["gpt2-1558M"], vocabulary=500000)
+    assert model.step(dataclasses.replace(setting("gpt2-1558M", 8, "full"), shape=wider)).exposed > 3 * model.step(setting("gpt2-1558M", 8, "full")).exposed
+    said = subprocess.run([sys.executable, str(ROOT / "dev/weak_scaling.py"), "--links", "1"], capture_output=True, text=True)
+    assert said.returncode == 0 and "does not fit" in said.stdout and len(said.stdout.splitlines()) > 60, said.stderr
+
+
 def tests():
-    return [(function.__name__, function) for function in (reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]
+    return [(function.__name__, function) for function in (models_weak_scaling, reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]
