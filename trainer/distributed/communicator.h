@@ -33,6 +33,7 @@ class Communicator {
 
     int rank() const { return rank_; }
     int size() const { return size_; }
+    bool silent() const { return silent_; }  // no call does anything
     const Traffic& traffic() const { return traffic_; }
 
     // data: `count` elements; every rank gets the reduction over all ranks.
@@ -74,7 +75,7 @@ class Communicator {
         ++traffic_.calls;
     }
     int rank_, size_;
-    bool silent_;  // no call does anything
+    bool silent_;
     Traffic traffic_;
 };
 
@@ -88,4 +89,17 @@ class SingleCommunicator final : public Communicator {
     void do_reduce_scatter(void*, int64_t, Element, CUstream_st*) override {}
     void do_all_gather(void*, int64_t, CUstream_st*) override {}
     void do_broadcast(void*, int64_t, int, CUstream_st*) override {}
+};
+
+// A rank of a run that is only planned: has a number and a size, and cannot communicate.
+class PlannedCommunicator final : public Communicator {
+  public:
+    PlannedCommunicator(int rank, int size) : Communicator(rank, size) {}
+
+  private:
+    void do_all_reduce(void*, int64_t, Element, Reduction, CUstream_st*) override { refuse(); }
+    void do_reduce_scatter(void*, int64_t, Element, CUstream_st*) override { refuse(); }
+    void do_all_gather(void*, int64_t, CUstream_st*) override { refuse(); }
+    void do_broadcast(void*, int64_t, int, CUstream_st*) override { refuse(); }
+    [[noreturn]] static void refuse() { throw Error("a collective of a run that is only planned"); }
 };

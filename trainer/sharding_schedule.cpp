@@ -1,0 +1,110 @@
+#include "trainer/sharding_schedule.h"
+
+#include <algorithm>
+
+namespace {
+
+class Builder {
+  public:
+    explicit Builder(const ShardingShape& shape)
+        : shape_(shape), gathered_(size_t(shape.layers), kNothing), reduced_(size_t(shape.layers), kNothing) {}
+
+    void forward() {
+        const int buffers = shape_.buffers();
+        if (shape_.gathers) {
+            embedding_gathered_ = add(Task::gather, kEmbedding);
+            for (int layer = 0; layer < buffers; ++layer) gather(layer, kNothing);
+        }
+        add(Task::embed, kEmbedding, embedding_gathered_);
+        for (int layer = 0; layer < shape_.layers; ++layer) {
+            const int used = add(Task::forward, layer, gathered_[size_t(layer)]);
+            if (shape_.gathers && layer + buffers < shape_.layers) gather(layer + buffers, used);
+        }
+    }
+
+    // The blocks gathered last are still there: what has gathered them was waited for in the forward pass.
+    void backward(Position position) {
+        const int buffers = shape_.buffers();
+        const bool reduces = shape_.partial || (shape_.reduces_units && completes_gradients(position));
+        std::fill(gathered_.begin(), gathered_.end(), kNothing);
+        add(Task::head, kEmbedding);
+        for (int layer = shape_.layers - 1; layer >= 0; --layer) {
+            const int gathered = gathered_[size_t(layer)];
+            if (shape_.gathers && shape_.transposes) add(Task::transpose, layer, gathered);
+            const int buffer_free = shape_.partial && layer + buffers < shape_.layers ? reduced_[size_t(layer + buffers)] : kNothing;
+            const int used = add(Task::backward, layer, std::max(gathered, buffer_free));
+            if (shape_.gathers && layer - buffers >= 0) gather(layer - buffers, used);
+            if (reduces) reduced_[size_t(layer)] = add(Task::reduce, layer, used);
+        }
+        const int embedded = add(Task::embed_backward, kEmbedding);
+        if (reduces) add(Task::reduce, kEmbedding, embedded);
+        if (shape_.reduces_rest && completes_gradients(position)) add(Task::reduce_rest, kEmbedding, embedded);
+    }
+
+    void update() {
+        const int measured = add(Task::measure_norm, kEmbedding);
+        updated_ = add(Task::update, kEmbedding, shape_.sharded ? add(Task::reduce_norm, kEmbedding, measured) : kNothing);
+    }
+
+    void refresh() {
+        const int cast = add(Task::cast, kEmbedding, shape_.sharded ? add(Task::reduce_amaxes, kEmbedding, updated_) : kNothing);
+        if (!shape_.sharded || shape_.gathers) return;
+        add(Task::gather, kEmbedding, cast);
+        for (int layer = 0; layer < shape_.layers; ++layer) gather(layer, kNothing);
+        if (!shape_.transposes) return;
+        for (int layer = 0; layer < shape_.layers; ++layer) add(Task::transpose, layer, gathered_[size_t(layer)]);
+    }
+
+    Schedule take() { return std::move(schedule_); }
+
+  private:
+    // A stream that has waited for an operation has waited for those before it on the other stream.
+    int add(Task task, int layer, int after = kNothing) {
+        int& waited = waited_[communicates(task)];
+        schedule_.push_back({.task = task, .layer = layer, .after = after > waited ? after : kNothing});
+        waited = std::max(waited, after);
+        return int(schedule_.size()) - 1;
+    }
+    void gather(int layer, int after) { gathered_[size_t(layer)] = add(Task::gather, layer, after); }
+
+    const ShardingShape shape_;
+    Schedule schedule_;
+    int waited_[2] = {kNothing, kNothing};  // by stream
+    int embedding_gathered_ = kNothing, updated_ = kNothing;
+    std::vector<int> gathered_, reduced_;  // by layer, the operation that did it
+};
+
+}  // namespace
+
+ShardingShape sharding_shape(const Parallel& parallel, int layers, bool transposes) {
+    const bool sharded = parallel.shard != Shard::none && !parallel.group->silent();
+    return {.layers = layers, .sharded = sharded, .gathers = sharded && parallel.gathers_every_use(),
+            .partial = sharded && parallel.reduces_every_micro_batch(), .reduces_units = sharded || !parallel.replicas->silent(),
+            .reduces_rest = !parallel.world->silent(), .transposes = transposes};
+}
+
+Schedule forward_schedule(const ShardingShape& shape) {
+    Builder builder(shape);
+    builder.forward();
+    return builder.take();
+}
+
+Schedule micro_batch_schedule(const ShardingShape& shape, Position position) {
+    Builder builder(shape);
+    builder.forward();
+    builder.backward(position);
+    return builder.take();
+}
+
+Schedule refresh_schedule(const ShardingShape& shape) {
+    Builder builder(shape);
+    builder.refresh();
+    return builder.take();
+}
+
+Schedule optimizer_schedule(const ShardingShape& shape) {
+    Builder builder(shape);
+    builder.update();
+    builder.refresh();
+    return builder.take();
+}

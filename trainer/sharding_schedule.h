@@ -1,0 +1,61 @@
+// The order of a step's work on two streams: when each kind of sharding gathers weights, uses them, reduces gradients, and
+// what waits for what. No CUDA and no memory: trainer/two_streams runs a schedule, tests/host/test_sharding_schedule proves it.
+//
+// The compute stream and the communication stream are each in order; an operation may also wait for one of the other stream
+// and with it for all that come before that one. Both streams start together and have ended when the schedule has. A schedule depends on nothing that
+// differs between ranks, so all of them enqueue their collectives in one order.
+//
+// With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward, so that the
+// last blocks of the forward pass need not be gathered again. As soon as a buffer is free the next block's gather follows:
+// ahead of the compute of the block before it. Gradients that are reduced every micro-batch take turns in the same way.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "trainer/parallel.h"
+#include "trainer/position.h"
+
+enum class Task : uint8_t {
+    // The model, on the compute stream. `head`: from the final norm to the gradient of the last block's output.
+    embed, forward, head, backward, embed_backward,
+    // The parameters, on the compute stream.
+    transpose,     // a block's FP8 weights, as its backward pass needs them
+    measure_norm,  // of the gradients held here
+    update,        // AdamW; BF16 weights and amaxes follow
+    cast,          // FP8 weights
+    // Collectives
+    gather,          // weights of a block or of the embedding
+    reduce,          // gradients of a block or of the embedding
+    reduce_rest,     // what is replicated: its gradients, the loss, the flag
+    reduce_norm, reduce_amaxes,
+};
+constexpr bool communicates(Task task) { return task >= Task::gather; }
+
+constexpr int kEmbedding = -1;  // in place of a layer
+constexpr int kNothing = -1;    // in place of an operation to wait for
+struct Operation {
+    Task task;
+    int layer = kEmbedding;
+    int after = kNothing;  // an earlier operation of the schedule, of the other stream
+};
+using Schedule = std::vector<Operation>;
+
+struct ShardingShape {
+    int layers;
+    bool sharded = false;          // masters, moments and the optimizer's gradients are slices
+    bool gathers = false;          // weights are gathered whenever they are used; otherwise once an update
+    bool partial = false;          // gradients are reduced every micro-batch
+    bool reduces_units = false;    // over a group or over replicas
+    bool reduces_rest = false;
+    bool transposes = false;       // weights are multiplied in FP8
+
+    int buffers() const { return layers < 2 ? layers : 2; }  // of blocks' weights, and as many of their gradients
+    int buffer_of(int layer) const { return layer % buffers(); }
+};
+ShardingShape sharding_shape(const Parallel& parallel, int layers, bool transposes);
+
+Schedule forward_schedule(const ShardingShape& shape);
+Schedule micro_batch_schedule(const ShardingShape& shape, Position position);
+// The weights as multiplied, from new masters.
+Schedule refresh_schedule(const ShardingShape& shape);
+Schedule optimizer_schedule(const ShardingShape& shape);
