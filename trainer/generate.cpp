@@ -28,7 +28,7 @@ void generate(Engine& engine, std::span<const int> prompt, const GenerateOptions
     REQUIRE(!prompt.empty(), "generate: the prompt has no token");
     REQUIRE(o.samples >= 1 && o.samples <= o.shape.logit_rows, "generate: %d samples, the engine was made for 1 to %d", o.samples, o.shape.logit_rows);
     std::vector<Sample> samples(size_t(o.samples), Sample{{prompt.begin(), prompt.end()}});
-    std::vector<int> inputs(size_t(B) * size_t(T)), positions(size_t(o.samples));
+    std::vector<int> inputs(size_t(B) * size_t(T)), positions(size_t(o.samples)), tokens(size_t(o.samples));
     std::vector<float> logits(size_t(o.samples) * size_t(V));
     for (int position = 0; position < o.max_tokens; ++position) {
         if (std::all_of(samples.begin(), samples.end(), [](const Sample& s) { return s.stopped; })) return;
@@ -38,10 +38,13 @@ void generate(Engine& engine, std::span<const int> prompt, const GenerateOptions
             if (row < o.samples) positions[size_t(i)] = row * T + last;
         }
         engine.logits(inputs, positions, logits);
+        for (int i = 0; i < o.samples; ++i)
+            tokens[size_t(i)] = draw_token(std::span(logits).subspan(size_t(i) * size_t(V), drawn), o.sampler, {o.step, i, position});
+        if (o.agree) o.agree(tokens);
         for (int i = 0; i < o.samples; ++i) {
             Sample& sample = samples[size_t(i)];
+            const int token = tokens[size_t(i)];
             if (sample.stopped) continue;
-            const int token = draw_token(std::span(logits).subspan(size_t(i) * size_t(V), drawn), o.sampler, {o.step, i, position});
             sample.stopped = token == o.stop_token;
             if (sample.stopped) continue;
             sample.context.push_back(token);

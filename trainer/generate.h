@@ -15,6 +15,9 @@ struct GenerateOptions {
     int vocab_size = 0;       // only tokens below are drawn; 0: all of the model's, which may have more than the tokenizer
     int stop_token = -1;      // ends a sample and is not reported; -1: none
     int64_t step = 0;         // of training, for the draws
+    // Several ranks that gather weights for every pass: puts rank 0's tokens of a round in place of this rank's, so that all
+    // make the same passes even if their logits differ in the last place.
+    std::function<void(std::span<int> tokens)> agree = {};
 };
 
 // Calls on_token(sample, token) for every token as it is drawn, round by round, until each sample has its tokens or has

@@ -67,7 +67,8 @@ void generate_from_checkpoint(const Config& config) {
     std::fprintf(stderr, "%s on %s: %s, recipe %s\n", model.path.c_str(), model.engine->device_name().c_str(), model.info.model.name.c_str(), model.info.recipe.c_str());
     const std::string prompt = printable(config.prompt);
     std::printf("%s", prompt.c_str());
-    const std::vector<std::string> texts = samples.run(*model.engine, 0, [](int sample, std::string_view piece) {
+    SingleCommunicator alone;
+    const std::vector<std::string> texts = samples.run(*model.engine, 0, alone, [](int sample, std::string_view piece) {
         if (sample != 0) return;
         std::fwrite(piece.data(), 1, piece.size(), stdout);
         std::fflush(stdout);

@@ -19,8 +19,9 @@ class Samples {
     Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer);
 
     // One text a sample, without the prompt. Calls on_text(sample, piece) for each printable piece as soon as it is there.
+    // All ranks call it, and get rank 0's texts.
     using OnText = std::function<void(int sample, std::string_view piece)>;
-    std::vector<std::string> run(Engine& engine, int64_t step, const OnText& on_text) const;
+    std::vector<std::string> run(Engine& engine, int64_t step, Communicator& ranks, const OnText& on_text) const;
 
   private:
     const Config& config_;

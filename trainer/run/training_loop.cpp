@@ -158,7 +158,7 @@ void TrainingLoop::evaluate(int64_t steps_done) {
 
 void TrainingLoop::sample(int64_t steps_done) {
     if (!p_.samples) return;
-    const std::vector<std::string> texts = p_.samples->run(p_.engine, steps_done, [](int, std::string_view) {});
+    const std::vector<std::string> texts = p_.samples->run(p_.engine, steps_done, p_.world.host(), [](int, std::string_view) {});
     for (size_t i = 0; i < texts.size(); ++i) p_.log.sample(steps_done, int(i), printable(p_.config.prompt), texts[i]);
 }
 
