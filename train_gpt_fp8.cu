@@ -67,6 +67,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
 // Ranks meet before anything can fail, so that a failure of any of them ends all.
 void run(int argc, char** argv) {
     const Clock::time_point program_start = Clock::now();
+    const Launch launch = find_launch([](const char* name) -> const char* { return std::getenv(name); });
     Config config;
     std::unique_ptr<Error> bad_options;
     try {
@@ -77,10 +78,11 @@ void run(int argc, char** argv) {
     if (!bad_options) {  // these concern no other rank
         if (config.print_config) return void(std::fputs(to_toml(config).c_str(), stdout));
         if (config.help_markdown) return void(std::fputs(options_markdown().c_str(), stdout));
-        if (config.dry_run) return dry_run(config);
+        if (config.dry_run && launch.rank == 0) return dry_run(config, launch.size);
+        if (config.dry_run) return;
         if (config.verify) return verify(config);
     }
-    World world(find_launch([](const char* name) -> const char* { return std::getenv(name); }), config.timeout);
+    World world(launch, config.timeout);
     try {
         if (bad_options) throw Error(*bad_options);
         const bool of_checkpoint = !config.generate.empty() || !config.evaluate.empty();

@@ -139,7 +139,7 @@ void check_engine(Report& report, std::shared_ptr<Communicator> ranks, bool use_
     };
     std::vector<float> with, without;
     const uint64_t alone = train(without);
-    o.parallel.world = ranks;
+    o.parallel.world = o.parallel.replicas = ranks;
     const uint64_t together = train(with);
     report.expect("engine with NCCL in its graphs", use_graphs ? "graphs" : "eager", alone == together && with == without,
                   message("losses %.6f, %.6f; digests %016llx, %016llx; %lld collectives enqueued", double(with.back()), double(without.back()),

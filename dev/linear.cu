@@ -53,14 +53,17 @@ std::vector<double> plus_rows(std::vector<double> y, const std::vector<float>& b
 struct Layer {
     explicit Layer(const Case& c)
         : recipe(find_recipe(c.recipe)), linear({"layer.check", c.tokens, c.in, c.out}, recipe), gemm({.cache_file = "", .autotune = false}),
-          slots(3), nonfinite(1), codes(size_t(c.tokens) * size_t(std::max(c.in, c.out))), transposed(codes.size()),
+          slots(3), nonfinite(1), weight_codes(size_t(c.in) * size_t(c.out)), weight_codes_transposed(weight_codes.size()), codes(size_t(c.tokens) * size_t(std::max(c.in, c.out))), transposed(codes.size()),
           workspace(quantize_workspace_bytes(c.tokens, std::max(c.in, c.out))) {
         linear.request(arena);
         arena.allocate();
         linear.plan(gemm);
         slots.zero();
         nonfinite.zero();
-        if (linear.fp8()) linear.weight_slot = slots.get(), linear.input_slot = slots.get() + 1, linear.grad_slot = slots.get() + 2;
+        if (linear.fp8()) {
+            linear.weight_slot = slots.get(), linear.input_slot = slots.get() + 1, linear.grad_slot = slots.get() + 2;
+            linear.weight_codes = weight_codes.get(), linear.weight_codes_transposed = weight_codes_transposed.get();
+        }
         scratch = {.codes = codes.get(), .codes_transposed = transposed.get(), .workspace = workspace.get(), .nonfinite = nonfinite.get()};
     }
     Arena arena;
@@ -69,13 +72,14 @@ struct Layer {
     Gemm gemm;
     DeviceBuffer<QuantSlot> slots;
     DeviceBuffer<uint32_t> nonfinite;
-    DeviceBuffer<uint8_t> codes, transposed, workspace;
+    DeviceBuffer<uint8_t> weight_codes, weight_codes_transposed, codes, transposed, workspace;
     LinearScratch scratch;
 };
 
 void quantize_master(const Layer& layer, const DeviceBuffer<float>& master, Dtype format) {
-    amax_f32(master.get(), int64_t(master.size()), layer.linear.weight_slot, nullptr);
-    QuantizeWeight table = layer.linear.quantize_weight(master.get());
+    amax_f32(master.get(), int64_t(master.size()), layer.slots.get(), nullptr);
+    QuantizeWeight table{.master = master.get(), .q = layer.weight_codes.get(), .qt = layer.weight_codes_transposed.get(), .slot = layer.slots.get(),
+                         .N = layer.linear.spec().out, .K = layer.linear.spec().in, .first_tile = 0};
     const int64_t tiles = quantize_weights_plan(&table, 1);
     const DeviceBuffer<QuantizeWeight> device(std::vector<QuantizeWeight>{table});
     quantize_weights(device.get(), 1, tiles, format, nullptr, nullptr, nullptr);
@@ -134,7 +138,7 @@ void check_layer(Report& report, const Case& c) {
     report.compare("linear.dW written", text, dw_written, dw_product, c.out, c.in, f32_output);
     report.compare("linear.dW accumulated", text, dw.download(), dw_expected, c.out, c.in, f32_output);
     report.compare("linear.dbias", text, dbias.download(), dbias_expected, 1, c.out, {.relative = 1e-5, .absolute = 1e-12});
-    report.expect("linear guards", text, y.guards_intact() && dx.guards_intact() && dw.guards_intact() && dbias.guards_intact() && layer.codes.guards_intact() && layer.transposed.guards_intact(), "intact");
+    report.expect("linear guards", text, y.guards_intact() && dx.guards_intact() && dw.guards_intact() && dbias.guards_intact() && layer.codes.guards_intact() && layer.transposed.guards_intact() && layer.weight_codes.guards_intact() && layer.weight_codes_transposed.guards_intact(), "intact");
     report.expect("linear precision", text, fp8 == (std::string(c.recipe) == "tensorwise" && c.in % 16 == 0 && c.out % 16 == 0), fp8 ? "FP8" : layer.linear.obstacle());
 }
 

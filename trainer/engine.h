@@ -28,6 +28,7 @@ struct EngineOptions {
     std::string pinned_gemms;    // GPU, deterministic: what gemm_choices() of the run that is resumed returned
     int logit_rows = 0;          // most rows of a call of logits(), at most micro_batch
     Parallel parallel = {};
+    bool poison = false;         // GPU only, for tests: buffers of several ranks start as NaN, not as zeros
 };
 
 struct StepResult : StepState {

@@ -1,11 +1,10 @@
-// The GPU's side of Engine: parameter and optimizer arrays, the step as graphs, staging of tokens and results.
+// The GPU's side of Engine: the step as graphs, staging of tokens and results. The parameters are GpuParameters'.
 //
 // A step is: new inputs, then for every micro-batch the tokens and the graph of its position, then the optimizer graph,
 // then a copy of StepState to the host. Everything is enqueued on one stream without waiting.
 #pragma once
 #include <deque>
 
-#include "kernels/adamw.h"
 #include "trainer/cuda_graph.h"
 #include "trainer/engine.h"
 #include "trainer/gpu_model.h"
@@ -45,34 +44,20 @@ class GpuEngine final : public Engine {
     static constexpr int kStepsInFlight = 3;
     static constexpr int kStagings = kStepsInFlight + 1;  // one more: a step's time starts at the event of the one before
 
-    void request_memory();
-    void build_tensor_tables();
     void enqueue_micro_batches(Staging& staging, const StepInputs& in, std::span<const int> inputs, std::span<const int> targets);
-    void enqueue_reduction();  // over the ranks
-    void enqueue_optimizer();
-    void enqueue_weight_quantization(const uint32_t* skip);
     Staging& next_staging();
 
     EngineOptions options_;
     ParameterList list_;
     cudaStream_t stream_ = nullptr;
-    Arena arena_;
+    Arena arena_, communicating_;  // what ranks exchange lies in an arena of its own
     Gemm gemm_;
+    GpuParameters parameters_;
     GpuModel model_;
     CudaGraph micro_batch_graphs_[kPositions], optimizer_graph_, evaluation_graph_, hidden_graph_;
 
-    ParameterArrays arrays_;
-    float* m_ = nullptr;
-    float* v_ = nullptr;
     StepState* state_ = nullptr;
-    float* norm_partials_ = nullptr;
     float* evaluation_loss_ = nullptr;
-    AdamWTensor* adamw_tensors_ = nullptr;
-    int adamw_blocks_ = 0;
-    QuantizeWeight* quantized_ = nullptr;
-    int quantized_count_ = 0;
-    int64_t quantized_tiles_ = 0;
-    Dtype weight_format_;
 
     Staging staging_[kStagings];
     int64_t enqueued_ = 0, collected_ = 0;

@@ -31,9 +31,8 @@ LinearIndices indices_of(const BlockParameters& p, int i) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Set-up
 
-GpuModel::GpuModel(const EngineOptions& options, const ParameterList& list)
-    : options_(options), list_(list), tokens_(options.micro_batch * options.seq_len),
-      chunk_(std::min(tokens_, kHeadChunkTokens)), bf16_copies_(list.all.size(), nullptr) {
+GpuModel::GpuModel(const EngineOptions& options, const ParameterList& list, GpuParameters& parameters)
+    : options_(options), list_(list), parameters_(parameters), tokens_(options.micro_batch * options.seq_len), chunk_(std::min(tokens_, kHeadChunkTokens)) {
     const AttentionOptions attention{.backend = attention_backend(options.attention), .deterministic = options.deterministic};
     for (int layer = 0; layer < options.model.n_layers; ++layer)
         blocks_.emplace_back(options.model, options.recipe, attention, options.micro_batch, options.seq_len, layer);
@@ -41,18 +40,8 @@ GpuModel::GpuModel(const EngineOptions& options, const ParameterList& list)
 
 void GpuModel::request(Arena& arena) {
     const ModelSpec& m = options_.model;
-    const size_t n = size_t(tokens_), C = size_t(m.dim), slots = blocks_.size() * kLinearsPerBlock;
-    const auto copy = [&](int i) { arena.request(bf16_copies_[size_t(i)], size_t(list_[i].padded_count()), "BF16 weight copies"); };
-    copy(list_.wte);
-    copy(list_.wpe);
-    for (size_t layer = 0; layer < blocks_.size(); ++layer)
-        for (int i = 0; i < kLinearsPerBlock; ++i) {
-            const LinearIndices p = indices_of(list_.blocks[layer], i);
-            copy(p.bias);
-            if (!linear_of(blocks_[layer], i).fp8()) copy(p.weight);
-        }
-    arena.request(weight_slots_, slots, "scales");
-    arena.request(micro_slots_, 2 * slots, "scales");
+    const size_t n = size_t(tokens_), C = size_t(m.dim);
+    arena.request(micro_slots_, 2 * blocks_.size() * kLinearsPerBlock, "scales");
     for (Block& block : blocks_) block.request(arena);
 
     arena.request(inputs_, n, "tokens, losses");
@@ -85,13 +74,12 @@ void GpuModel::request_scratch(Arena& arena) {
     bytes(embedding_workspace_, embedding_backward_workspace_bytes(options_.micro_batch, options_.seq_len, m.dim, m.padded_vocab()));
 }
 
-void GpuModel::bind(const ParameterArrays& arrays, StepState* state) {
-    arrays_ = arrays;
+void GpuModel::bind(StepState* state) {
     state_ = state;
     scratch_.linear.nonfinite = &state->nonfinite;
     const auto norm = [&](int weight, int bias) {
-        return NormParameters{.weight = arrays.params + list_[weight].offset, .bias = arrays.params + list_[bias].offset,
-                              .dweight = arrays.grads + list_[weight].offset, .dbias = arrays.grads + list_[bias].offset};
+        return NormParameters{.weight = parameters_.master(weight), .bias = parameters_.master(bias),
+                              .dweight = parameters_.gradient(weight), .dbias = parameters_.gradient(bias)};
     };
     final_norm_ = norm(list_.lnf_weight, list_.lnf_bias);
     QuantSlot* micro_slot = micro_slots_;
@@ -103,37 +91,19 @@ void GpuModel::bind(const ParameterArrays& arrays, StepState* state) {
         for (int i = 0; i < kLinearsPerBlock; ++i) {
             Linear& linear = linear_of(block, i);
             const auto [weight, bias] = indices_of(p, i);
-            linear.bias = bf16_copy(bias);
-            linear.weight_bf16 = bf16_copy(weight);
-            linear.dweight = arrays.grads + list_[weight].offset;
-            linear.dbias = arrays.grads + list_[bias].offset;
+            linear.bias = parameters_.bf16(bias);
+            linear.weight_bf16 = parameters_.bf16(weight);
+            linear.weight_codes = parameters_.codes(weight);
+            linear.weight_codes_transposed = parameters_.codes_transposed(weight);
+            linear.weight_slot = parameters_.slot(weight);
+            linear.dweight = parameters_.gradient(weight);
+            linear.dbias = parameters_.gradient(bias);
+            REQUIRE(linear.fp8() == (linear.weight_slot != nullptr), "%s: FP8 or not, its weights are the other", linear.spec().name.c_str());
             if (!linear.fp8()) continue;
-            linear.weight_slot = weight_slots_ + layer * kLinearsPerBlock + size_t(i);
             linear.input_slot = micro_slot++;
             linear.grad_slot = micro_slot++;
         }
     }
-}
-
-QuantSlot* GpuModel::weight_slot(int parameter) const {
-    for (size_t layer = 0; layer < blocks_.size(); ++layer)
-        for (int i = 0; i < kLinearsPerBlock; ++i)
-            if (indices_of(list_.blocks[layer], i).weight == parameter) return linear_of(blocks_[layer], i).weight_slot;
-    return nullptr;
-}
-
-std::vector<QuantizeWeight> GpuModel::quantized_weights(const float* params) const {
-    std::vector<QuantizeWeight> all;
-    for (size_t layer = 0; layer < blocks_.size(); ++layer)
-        for (int i = 0; i < kLinearsPerBlock; ++i) {
-            const Linear& linear = linear_of(blocks_[layer], i);
-            if (linear.fp8()) all.push_back(linear.quantize_weight(params + list_[indices_of(list_.blocks[layer], i).weight].offset));
-        }
-    return all;
-}
-
-void GpuModel::zero_weight_amaxes(cudaStream_t stream) const {
-    CUDA_CHECK(cudaMemsetAsync(weight_slots_, 0, blocks_.size() * kLinearsPerBlock * sizeof(QuantSlot), stream));
 }
 
 std::vector<LinearRow> GpuModel::linear_table() const {
@@ -177,7 +147,7 @@ GemmShape GpuModel::head_grad_weight_shape(int rows, bool accumulate) const {
 // Reads final_norm_out_, writes losses_; with gradients also scratch.dbranch (gradient of final_norm_out_) and dwte.
 void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t stream) const {
     const ModelSpec& m = options_.model;
-    const __nv_bfloat16* wte = bf16_copy(list_.wte);
+    const __nv_bfloat16* wte = parameters_.bf16(list_.wte);
     const Mark mark("head");
     for (int first = 0; first < tokens_; first += chunk_) {
         const int rows = std::min(chunk_, tokens_ - first);
@@ -188,8 +158,8 @@ void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t s
                     .V = m.vocab_size, .Vp = m.padded_vocab()}, stream);
         if (!position) continue;
         // The first to touch the tied gradient; the embedding's backward adds to it at the end of the micro-batch.
-        const bool accumulate = first > 0 || !starts_gradients(*position);
-        gemm.run(head_grad_weight_shape(rows, accumulate), {.a = logits_, .b = x, .d = arrays_.grads + list_[list_.wte].offset}, stream);
+        const bool accumulate = first > 0 || !starts_gradients(parameters_.unit_position(*position));
+        gemm.run(head_grad_weight_shape(rows, accumulate), {.a = logits_, .b = x, .d = parameters_.gradient(list_.wte)}, stream);
         gemm.run(head_grad_input_shape(rows), {.a = logits_, .b = wte, .d = scratch_.dbranch + int64_t(first) * m.dim}, stream);
     }
 }
@@ -197,52 +167,84 @@ void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t s
 // ---------------------------------------------------------------------------------------------------------------------
 // One micro-batch
 
-void GpuModel::forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t stream) const {
-    const ModelSpec& m = options_.model;
-    const Mark mark("forward");
-    CUDA_CHECK(cudaMemsetAsync(micro_slots_, 0, blocks_.size() * kLinearsPerBlock * 2 * sizeof(QuantSlot), stream));
-    embedding_forward({.tokens = inputs_, .wte = bf16_copy(list_.wte), .wpe = bf16_copy(list_.wpe), .out = blocks_[0].x1(),
-                       .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim}, stream);
-    Residual stream_pair{.residual = blocks_[0].x1(), .delta = nullptr};
-    for (size_t layer = 0; layer < blocks_.size(); ++layer) {
-        const Mark layer_mark("layer", int(layer));
-        stream_pair = blocks_[layer].forward(stream_pair, keep_for_backward, gemm, scratch_, stream);
-    }
-    layernorm_forward({.residual = stream_pair.residual, .delta = stream_pair.delta, .residual_out = final_x_,
-                       .weight = final_norm_.weight, .bias = final_norm_.bias, .out = final_norm_out_, .mean = final_mean_,
-                       .rstd = final_rstd_, .amax = nullptr, .rows = tokens_, .C = m.dim}, stream);
+void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const {
+    if (starts_gradients(position)) parameters_.clear_rest_gradients(stream);
+    Pass pass{.position = position, .gemm = gemm};
+    parameters_.streams().run(micro_batch_schedule(parameters_.shape(), position), stream, [&](const Operation& o, cudaStream_t on) { enqueue(o, pass, on); });
 }
 
-void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const {
-    const ModelSpec& m = options_.model;
-    if (starts_gradients(position))
-        CUDA_CHECK(cudaMemsetAsync(arrays_.grads + list_.cleared_from, 0,
-                                   size_t(list_.flat_elements - list_.cleared_from) * sizeof(float), stream));
-    forward_blocks(true, gemm, stream);
-    head(position, gemm, stream);
+void GpuModel::hidden(Gemm& gemm, cudaStream_t stream) const {
+    Pass pass{.position = std::nullopt, .gemm = gemm};
+    parameters_.streams().run(forward_schedule(parameters_.shape()), stream, [&](const Operation& o, cudaStream_t on) { enqueue(o, pass, on); });
+    final_norm(pass, stream);
+}
+
+void GpuModel::evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const {
+    hidden(gemm, stream);
+    head(std::nullopt, gemm, stream);
+    accumulate_loss(losses_, tokens_, nullptr, loss_sum, nullptr, stream);
+}
+
+void GpuModel::enqueue(const Operation& operation, Pass& pass, cudaStream_t stream) const {
+    const int layer = operation.layer;
+    switch (operation.task) {
+        case Task::embed: return embed(pass, stream);
+        case Task::forward: return forward(layer, pass, stream);
+        case Task::head: return head_with_gradients(pass, stream);
+        case Task::backward: return backward(layer, pass, stream);
+        case Task::embed_backward: return embed_backward(stream);
+        default: break;
+    }
+    const Mark mark(communicates(operation.task) ? "communication" : "backward");
+    parameters_.execute(operation, pass.position.value_or(Position::only), stream);
+}
+
+void GpuModel::embed(Pass& pass, cudaStream_t stream) const {
+    const Mark mark("forward");
+    CUDA_CHECK(cudaMemsetAsync(micro_slots_, 0, blocks_.size() * kLinearsPerBlock * 2 * sizeof(QuantSlot), stream));
+    embedding_forward({.tokens = inputs_, .wte = parameters_.bf16(list_.wte), .wpe = parameters_.bf16(list_.wpe), .out = blocks_[0].x1(),
+                       .B = options_.micro_batch, .T = options_.seq_len, .C = options_.model.dim}, stream);
+    pass.residual = {.residual = blocks_[0].x1(), .delta = nullptr};
+}
+
+void GpuModel::forward(int layer, Pass& pass, cudaStream_t stream) const {
+    const Mark mark("forward"), layer_mark("layer", layer);
+    pass.residual = blocks_[size_t(layer)].forward(pass.residual, pass.position.has_value(), pass.gemm, scratch_, stream);
+}
+
+void GpuModel::final_norm(const Pass& pass, cudaStream_t stream) const {
+    const Mark mark("forward");
+    layernorm_forward({.residual = pass.residual.residual, .delta = pass.residual.delta, .residual_out = final_x_,
+                       .weight = final_norm_.weight, .bias = final_norm_.bias, .out = final_norm_out_, .mean = final_mean_,
+                       .rstd = final_rstd_, .amax = nullptr, .rows = tokens_, .C = options_.model.dim}, stream);
+}
+
+// From the end of the last block to the gradient of its output.
+void GpuModel::head_with_gradients(const Pass& pass, cudaStream_t stream) const {
+    final_norm(pass, stream);
+    head(pass.position, pass.gemm, stream);
     {
         const Mark mark("head");
         accumulate_loss(losses_, tokens_, &state_->in.inverse_valid_tokens, &state_->loss_sum, &state_->nonfinite, stream);
     }
-
     const Mark mark("backward");
     layernorm_backward({.x = final_x_, .dout = scratch_.dbranch, .weight = final_norm_.weight, .mean = final_mean_,
                         .rstd = final_rstd_, .dresidual_in = nullptr, .dresidual_out = scratch_.dresidual,
                         .dweight = final_norm_.dweight, .dbias = final_norm_.dbias, .amax = blocks_.back().fc2.grad_slot,
-                        .workspace = scratch_.norm_workspace, .rows = tokens_, .C = m.dim}, stream);
-    for (size_t layer = blocks_.size(); layer-- > 0;) {
-        const Mark layer_mark("layer", int(layer));
-        blocks_[layer].backward(position, layer > 0 ? blocks_[layer - 1].fc2.grad_slot : nullptr, gemm, scratch_, stream);
-    }
-    embedding_backward({.tokens = inputs_, .dout = scratch_.dresidual, .dwte = arrays_.grads + list_[list_.wte].offset,
-                        .dwpe = arrays_.grads + list_[list_.wpe].offset, .workspace = embedding_workspace_,
-                        .B = options_.micro_batch, .T = options_.seq_len, .C = m.dim, .V = m.padded_vocab()}, stream);
+                        .workspace = scratch_.norm_workspace, .rows = tokens_, .C = options_.model.dim}, stream);
 }
 
-void GpuModel::evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const {
-    forward_blocks(false, gemm, stream);
-    head(std::nullopt, gemm, stream);
-    accumulate_loss(losses_, tokens_, nullptr, loss_sum, nullptr, stream);
+void GpuModel::backward(int layer, const Pass& pass, cudaStream_t stream) const {
+    const Mark mark("backward"), layer_mark("layer", layer);
+    QuantSlot* const amax_below = layer > 0 ? blocks_[size_t(layer) - 1].fc2.grad_slot : nullptr;
+    blocks_[size_t(layer)].backward(parameters_.unit_position(*pass.position), amax_below, pass.gemm, scratch_, stream);
+}
+
+void GpuModel::embed_backward(cudaStream_t stream) const {
+    const Mark mark("backward");
+    embedding_backward({.tokens = inputs_, .dout = scratch_.dresidual, .dwte = parameters_.gradient(list_.wte), .dwpe = parameters_.gradient(list_.wpe),
+                        .workspace = embedding_workspace_, .B = options_.micro_batch, .T = options_.seq_len, .C = options_.model.dim,
+                        .V = options_.model.padded_vocab()}, stream);
 }
 
 const __nv_bfloat16* GpuModel::logits(std::span<const int> positions, Gemm& gemm, cudaStream_t stream) const {
@@ -251,6 +253,6 @@ const __nv_bfloat16* GpuModel::logits(std::span<const int> positions, Gemm& gemm
     for (size_t i = 0; i < positions.size(); ++i)
         CUDA_CHECK(cudaMemcpyAsync(logit_inputs_ + i * C, final_norm_out_ + size_t(positions[i]) * C, C * sizeof(__nv_bfloat16), cudaMemcpyDeviceToDevice, stream));
     // Always the planned shape; rows behind the positions are of an earlier call, or zero.
-    gemm.run(logits_shape(options_.logit_rows), {.a = logit_inputs_, .b = bf16_copy(list_.wte), .d = logits_}, stream);
+    gemm.run(logits_shape(options_.logit_rows), {.a = logit_inputs_, .b = parameters_.bf16(list_.wte), .d = logits_}, stream);
     return logits_;
 }

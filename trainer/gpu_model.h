@@ -1,4 +1,5 @@
-// GPT-2 on the GPU: embedding, blocks, final norm, head and loss, forward and backward of one micro-batch.
+// GPT-2 on the GPU: embedding, blocks, final norm, head and loss, forward and backward of one micro-batch. The parameters are
+// those of a GpuParameters; the order of work, with what ranks exchange in between, is that of sharding_schedule.h.
 //
 // The head runs in chunks of tokens (logits, loss, gradients of one chunk at a time), so the full logits never exist.
 #pragma once
@@ -10,27 +11,16 @@
 
 #include "trainer/block.h"
 #include "trainer/engine.h"
-
-// Flat device arrays in the order of ParameterList that the model reads and adds gradients to.
-struct ParameterArrays {
-    float* params = nullptr;
-    float* grads = nullptr;
-};
+#include "trainer/gpu_parameters.h"
 
 class GpuModel {
   public:
-    explicit GpuModel(const EngineOptions& options, const ParameterList& list);
+    GpuModel(const EngineOptions& options, const ParameterList& list, GpuParameters& parameters);
 
-    // Set-up: request memory, allocate the arena, then bind the pointers and plan the GEMMs.
+    // Set-up: request memory, allocate the arena, then bind the pointers (the parameters are bound) and plan the GEMMs.
     void request(Arena& arena);
-    void bind(const ParameterArrays& arrays, StepState* state);
+    void bind(StepState* state);
     void plan(Gemm& gemm) const;
-
-    // The BF16 copy and the amax slot that the optimizer keeps up to date for a parameter; null where there is none.
-    __nv_bfloat16* bf16_copy(int parameter) const { return bf16_copies_[size_t(parameter)]; }
-    QuantSlot* weight_slot(int parameter) const;
-    std::vector<QuantizeWeight> quantized_weights(const float* params) const;
-    void zero_weight_amaxes(cudaStream_t stream) const;
     std::vector<LinearRow> linear_table() const;
 
     // Device buffers of one micro-batch that the caller fills: (B, T) each.
@@ -43,14 +33,25 @@ class GpuModel {
     // Adds the sum of the losses to *loss_sum (device).
     void evaluate(float* loss_sum, Gemm& gemm, cudaStream_t stream) const;
     // The forward pass up to the head, for logits(). Capturable.
-    void hidden(Gemm& gemm, cudaStream_t stream) const { forward_blocks(false, gemm, stream); }
+    void hidden(Gemm& gemm, cudaStream_t stream) const;
     // The BF16 logits after the tokens at `positions`, at most options.logit_rows of them: (positions, padded vocabulary),
     // on the device until the next pass.
     const __nv_bfloat16* logits(std::span<const int> positions, Gemm& gemm, cudaStream_t stream) const;
 
   private:
-    // Fills final_x_ and final_norm_out_.
-    void forward_blocks(bool keep_for_backward, Gemm& gemm, cudaStream_t stream) const;
+    // One micro-batch on its way through a schedule.
+    struct Pass {
+        std::optional<Position> position;  // without one: no gradients
+        Gemm& gemm;
+        Residual residual{nullptr, nullptr};
+    };
+    void enqueue(const Operation& operation, Pass& pass, cudaStream_t stream) const;
+    void embed(Pass& pass, cudaStream_t stream) const;
+    void forward(int layer, Pass& pass, cudaStream_t stream) const;
+    void final_norm(const Pass& pass, cudaStream_t stream) const;  // fills final_x_ and final_norm_out_
+    void head_with_gradients(const Pass& pass, cudaStream_t stream) const;
+    void backward(int layer, const Pass& pass, cudaStream_t stream) const;
+    void embed_backward(cudaStream_t stream) const;
     // Without a position: losses only.
     void head(std::optional<Position> position, Gemm& gemm, cudaStream_t stream) const;
     GemmShape logits_shape(int rows) const;
@@ -60,15 +61,13 @@ class GpuModel {
 
     const EngineOptions& options_;
     const ParameterList& list_;
+    GpuParameters& parameters_;
     int tokens_, chunk_;
     std::vector<Block> blocks_;
     BlockScratch scratch_;
-    ParameterArrays arrays_;
     StepState* state_ = nullptr;
     NormParameters final_norm_;
 
-    std::vector<__nv_bfloat16*> bf16_copies_;  // by parameter
-    QuantSlot* weight_slots_ = nullptr;        // 4 a block
     QuantSlot* micro_slots_ = nullptr;         // 8 a block, zeroed every micro-batch
     int* inputs_ = nullptr;
     int* targets_ = nullptr;

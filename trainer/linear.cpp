@@ -9,9 +9,6 @@ Linear::Linear(const LinearSpec& spec, const Recipe& recipe) : spec_(spec), reci
 
 void Linear::request(Arena& arena) {
     if (!fp8()) return;
-    const size_t weights = size_t(spec_.out) * spec_.in;
-    arena.request(weight_codes_, weights, "FP8 weights and their transposes");
-    arena.request(weight_codes_transposed_, weights, "FP8 weights and their transposes");
     arena.request(saved_input_transposed_, size_t(spec_.in) * spec_.tokens, "saved FP8 linear inputs");
 }
 
@@ -46,12 +43,6 @@ GemmShape Linear::grad_weight_shape(Position position) const {
             .fast_accumulation = fp8() && f.fast_accumulation};
 }
 
-QuantizeWeight Linear::quantize_weight(const float* master) const {
-    REQUIRE(fp8(), "%s runs in BF16 (%s) and has no FP8 weights", spec_.name.c_str(), obstacle_.c_str());
-    return {.master = master, .q = weight_codes_, .qt = weight_codes_transposed_, .slot = weight_slot,
-            .N = spec_.out, .K = spec_.in, .first_tile = 0};
-}
-
 void Linear::forward(const Forward& p, Gemm& gemm, const LinearScratch& scratch, cudaStream_t stream) const {
     const Mark mark(kind());
     if (!fp8()) {
@@ -61,7 +52,7 @@ void Linear::forward(const Forward& p, Gemm& gemm, const LinearScratch& scratch,
     quantize_activation({.x = p.x, .q = scratch.codes, .qt = p.keep_for_backward ? saved_input_transposed_ : nullptr,
                          .dbias = nullptr, .slot = input_slot, .nonfinite = scratch.nonfinite, .workspace = scratch.workspace,
                          .M = spec_.tokens, .N = spec_.in, .format = recipe_.output.a.dtype, .producer = p.producer}, stream);
-    gemm.run(output_shape(), {.a = scratch.codes, .b = weight_codes_, .d = p.y, .a_scale = &input_slot->inv_scale,
+    gemm.run(output_shape(), {.a = scratch.codes, .b = weight_codes, .d = p.y, .a_scale = &input_slot->inv_scale,
                               .b_scale = &weight_slot->inv_scale, .bias = bias}, stream);
 }
 
@@ -78,6 +69,6 @@ void Linear::backward(const Backward& p, Gemm& gemm, const LinearScratch& scratc
     }
     gemm.run(grad_weight_shape(p.position), {.a = scratch.codes_transposed, .b = saved_input_transposed_, .d = dweight,
                                              .a_scale = &grad_slot->inv_scale, .b_scale = &input_slot->inv_scale}, stream);
-    gemm.run(grad_input_shape(), {.a = scratch.codes, .b = weight_codes_transposed_, .d = p.dx,
+    gemm.run(grad_input_shape(), {.a = scratch.codes, .b = weight_codes_transposed, .d = p.dx,
                                   .a_scale = &grad_slot->inv_scale, .b_scale = &weight_slot->inv_scale}, stream);
 }

@@ -37,9 +37,11 @@ class Linear {
     void plan(Gemm& gemm) const;
 
     // Parameters, set by the owner after the arena is allocated.
-    const __nv_bfloat16* bias = nullptr;    // (out), rounded copy
-    __nv_bfloat16* weight_bf16 = nullptr;   // (out, in), when !fp8()
-    QuantSlot* weight_slot = nullptr;       // when fp8()
+    const __nv_bfloat16* bias = nullptr;               // (out), rounded copy
+    const __nv_bfloat16* weight_bf16 = nullptr;        // (out, in), when !fp8()
+    const uint8_t* weight_codes = nullptr;             // (out, in), when fp8()
+    const uint8_t* weight_codes_transposed = nullptr;  // (in, out), when fp8(); backward reads it
+    const QuantSlot* weight_slot = nullptr;            // when fp8()
     QuantSlot* input_slot = nullptr;        // amax of x, zeroed every micro-batch; null when !fp8()
     QuantSlot* grad_slot = nullptr;         // amax of dy
     float* dweight = nullptr;               // (out, in), written or accumulated into: see position.h
@@ -49,7 +51,6 @@ class Linear {
     const std::string& obstacle() const { return obstacle_; }  // why not FP8
     const LinearSpec& spec() const { return spec_; }
     const char* kind() const { return spec_.name.c_str() + spec_.name.find('.', 2) + 1; }  // "attn.c_attn" of "h.3.attn.c_attn"
-    QuantizeWeight quantize_weight(const float* master) const;
 
     struct Forward {
         const __nv_bfloat16* x;                   // (tokens, in); must stay as it is until backward when !fp8()
@@ -75,7 +76,5 @@ class Linear {
     LinearSpec spec_;
     const Recipe& recipe_;
     std::string obstacle_;
-    uint8_t* weight_codes_ = nullptr;             // (out, in)
-    uint8_t* weight_codes_transposed_ = nullptr;  // (in, out)
-    uint8_t* saved_input_transposed_ = nullptr;   // (in, tokens), from forward to backward
+    uint8_t* saved_input_transposed_ = nullptr;  // (in, tokens), from forward to backward
 };

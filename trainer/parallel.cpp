@@ -1,6 +1,7 @@
 #include "trainer/parallel.h"
 
 #include "kernels/common/check.h"
+#include "trainer/distributed/nccl_communicator.h"
 #include "trainer/distributed/world.h"
 
 Shard find_shard(const std::string& name) {
@@ -10,19 +11,51 @@ Shard find_shard(const std::string& name) {
     throw Error(message("--shard %s: must be none, optimizer, gradients or full", name.c_str()));
 }
 
+namespace {
+
+// Multiprocessors that NCCL may take from the compute beside it, by --shard; 0: as many as it likes. Where weights or
+// gradients travel during the whole of a micro-batch, a few are enough to hide them.
+constexpr int kMostCtas[] = {0, 0, 8, 8};
+
+struct Grouping {
+    int groups, group_size;
+};
+
+Grouping grouping_of(int ranks, const ParallelOptions& o) {
+    REQUIRE(o.shard != Shard::none || o.replicate == 1, "--replicate %d: with --shard none every rank is a replica; choose another --shard", o.replicate);
+    REQUIRE(o.replicate >= 1 && ranks % o.replicate == 0, "--replicate %d: must divide the number of ranks, %d", o.replicate, ranks);
+    const int groups = o.shard == Shard::none ? ranks : o.replicate;
+    return {groups, ranks / groups};
+}
+
+}  // namespace
+
 Parallel make_parallel(World& world, const ParallelOptions& options) {
-    const int size = world.size(), groups = options.shard == Shard::none ? size : options.replicate;
-    REQUIRE(options.shard != Shard::none || options.replicate == 1, "--replicate %d: with --shard none every rank is a replica; choose another --shard", options.replicate);
-    REQUIRE(options.replicate >= 1 && size % options.replicate == 0, "--replicate %d: must divide the number of ranks, %d", options.replicate, size);
-    const int group_size = size / groups;
-    Parallel parallel{.shard = options.shard, .gradient_element = options.gradient_element};
+    const int group_size = grouping_of(world.size(), options).group_size;
+    Parallel parallel{.shard = options.shard, .gradient_element = options.gradient_element, .watch = world.watch()};
     parallel.world = std::shared_ptr<Communicator>(&world.host(), [](Communicator*) {});  // the world's own
     parallel.group = world.split(world.rank() / group_size);
     parallel.replicas = world.split(world.rank() % group_size);
     return parallel;
 }
 
-void require_gpu_mode(const Parallel& parallel) {
-    REQUIRE(parallel.shard == Shard::none, "--shard: on several GPUs only none is implemented (each holds the whole model); --device cpu has all modes");
-    REQUIRE(parallel.gradient_element == Element::f32, "--reduce-dtype bf16: on GPUs gradients travel in f32; --device cpu has both");
+// A communicator holds memory of the GPU: one serves as many purposes as it can.
+Parallel make_gpu_parallel(World& world, const ParallelOptions& options) {
+    const auto [groups, group_size] = grouping_of(world.size(), options);
+    const NcclOptions nccl{.most_ctas = kMostCtas[int(options.shard)]};
+    Parallel parallel{.shard = options.shard, .gradient_element = options.gradient_element, .watch = world.watch()};
+    parallel.world = nccl_split(world, 0, nccl);
+    if (groups == 1) parallel.group = parallel.world;
+    else if (group_size == 1) parallel.replicas = parallel.world;
+    else {
+        parallel.group = nccl_split(world, world.rank() / group_size, nccl);
+        parallel.replicas = nccl_split(world, world.rank() % group_size, nccl);
+    }
+    return parallel;
+}
+
+Parallel planned_parallel(int ranks, const ParallelOptions& options) {
+    const auto [groups, group_size] = grouping_of(ranks, options);
+    const auto of = [](int size) { return std::make_shared<PlannedCommunicator>(0, size); };
+    return {.shard = options.shard, .gradient_element = options.gradient_element, .world = of(ranks), .group = of(group_size), .replicas = of(groups)};
 }

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "trainer/distributed/communicator.h"
+#include "trainer/distributed/watch.h"
 
 enum class Shard : uint8_t { none, optimizer, gradients, full };
 Shard find_shard(const std::string& name);  // Error lists the names
@@ -24,13 +25,11 @@ struct Parallel {
     std::shared_ptr<Communicator> world = std::make_shared<SingleCommunicator>();
     std::shared_ptr<Communicator> group = std::make_shared<SingleCommunicator>();     // over which slices are cut
     std::shared_ptr<Communicator> replicas = std::make_shared<SingleCommunicator>();  // ranks that hold the same slice
+    Watch* watch = nullptr;  // told whenever a device waits for other ranks'
 
     bool reduces_every_micro_batch() const { return shard == Shard::gradients || shard == Shard::full; }
     bool gathers_every_use() const { return shard == Shard::full; }
 };
-
-// Error unless the GPU engine has this mode on several ranks.
-void require_gpu_mode(const Parallel& parallel);
 
 class World;
 struct ParallelOptions {
@@ -40,3 +39,7 @@ struct ParallelOptions {
 };
 // Of host communicators. Ranks of a group are neighbours, so that a group can be one machine.
 Parallel make_parallel(World& world, const ParallelOptions& options);
+// The same of NCCL's; the GPU is current.
+Parallel make_gpu_parallel(World& world, const ParallelOptions& options);
+// Of rank 0 among `ranks` that do not run: to plan memory.
+Parallel planned_parallel(int ranks, const ParallelOptions& options);

@@ -28,20 +28,22 @@ double free_device_memory() {
     return double(free_bytes);
 }
 
-bool fits(const Config& config, double free_bytes) {
+bool fits(const Config& config, const Parallel& parallel, double free_bytes) {
     if (config.device == "cpu") return config.micro_batch_tokens() <= std::max<int64_t>(kReferenceTokens, config.model_spec().seq_len);
-    return total_bytes(plan_gpu_engine(engine_options(config)).memory) + kReserve <= free_bytes;
+    return total_bytes(plan_gpu_engine(engine_options(config, parallel)).memory) + kReserve <= free_bytes;
 }
 
-// The largest that divide the batch and fit, largest first.
-std::vector<int> candidates(Config config, double free_bytes, size_t most) {
-    const int64_t sequences = config.global_batch_tokens / config.model_spec().seq_len;
+// The largest that divide a rank's batch and fit, largest first.
+std::vector<int> candidates(Config config, const Parallel& parallel, double free_bytes, size_t most) {
+    const int64_t ranks = parallel.world->size(), all = config.global_batch_tokens / config.model_spec().seq_len, sequences = all / ranks;
+    REQUIRE(all % ranks == 0, "--global-batch-tokens %lld: is %lld sequences, must be a multiple of the %lld ranks", (long long)config.global_batch_tokens,
+            (long long)all, (long long)ranks);
     std::vector<int> found;
     for (int64_t size = std::min<int64_t>(sequences, 4096); size >= 1 && found.size() < most; --size) {
         if (sequences % size != 0) continue;
         config.micro_batch = int(size);
         if (find_recipe(config.recipe).quantizes() && config.micro_batch_tokens() % 16 != 0) continue;
-        if (config.micro_batch_tokens() <= (int64_t(1) << 30) && fits(config, free_bytes)) found.push_back(int(size));
+        if (config.micro_batch_tokens() <= (int64_t(1) << 30) && fits(config, parallel, free_bytes)) found.push_back(int(size));
     }
     REQUIRE(!found.empty(), "--micro-batch auto: not even one sequence of %d tokens fits: choose a smaller --model or --seq-len", config.model_spec().seq_len);
     return found;
@@ -74,7 +76,7 @@ int micro_batch_of(const std::string& its_config_toml) {
 
 }  // namespace
 
-int largest_micro_batch(const Config& config, double device_bytes) { return candidates(config, device_bytes, 1).front(); }
+int largest_micro_batch(const Config& config, const Parallel& parallel, double device_bytes) { return candidates(config, parallel, device_bytes, 1).front(); }
 
 Config choose_micro_batch(Config config) {
     if (config.micro_batch > 0) return config;
@@ -92,7 +94,7 @@ Config choose_micro_batch(Config config) {
         const TrainState start = initial_state(make_parameters(model), model, config.seed);
         double best = 0;
         int choice = 0;
-        for (const int size : candidates(config, on_gpu(config) ? free_device_memory() : 0, kMostCandidates)) {
+        for (const int size : candidates(config, {}, on_gpu(config) ? free_device_memory() : 0, kMostCandidates)) {
             config.micro_batch = size;
             const double rate = measure(config, start);
             std::printf("micro-batch auto: %d sequences: %s tok/s\n", size, format_rate(rate).c_str());

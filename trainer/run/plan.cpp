@@ -25,21 +25,22 @@ void print_time(const Config& config, double tokens_per_s, const std::string& ho
                 format_rate(tokens_per_s).c_str(), format_duration(step_s * double(config.steps)).c_str(), ll(config.steps), how.c_str());
 }
 
-void plan_on_gpu(const Config& config, bool has_gpu) {
+void plan_on_gpu(const Config& config, const Parallel& parallel, bool has_gpu) {
     const std::string device = has_gpu ? gpu_info(0).name : kAssumedDevice;
     const double device_bytes = has_gpu ? gpu_info(0).memory_bytes : kAssumedDeviceBytes;
-    const EnginePlan plan = plan_gpu_engine(engine_options(config));
+    const EnginePlan plan = plan_gpu_engine(engine_options(config, parallel));
     print_linears(plan.linears);
     const double bytes = total_bytes(plan.memory);
-    std::printf("memory  of %s, %s%s\n%s", device.c_str(), format_bytes(device_bytes).c_str(), has_gpu ? "" : " (assumed: no GPU here)",
+    const int ranks = parallel.world->size();
+    std::printf("memory  of %s%s, %s%s\n%s", ranks > 1 ? "each " : "", device.c_str(), format_bytes(device_bytes).c_str(), has_gpu ? "" : " (assumed: no GPU here)",
                 format_memory_table(plan.memory).c_str());
-    if (bytes > device_bytes) std::printf("memory  does not fit: lower --micro-batch, or let --micro-batch auto choose\n");
+    if (bytes > device_bytes) std::printf("memory  does not fit: lower --micro-batch%s, or let --micro-batch auto choose\n", ranks > 1 ? ", raise --shard" : "");
     const Peak peak = peak_of(device);
     const bool fp8 = find_recipe(config.recipe).quantizes();
     const double share = fp8 ? kAssumedSolFp8 : kAssumedSolBf16;
     const double sol_of_one = speed_of_light(1.0, flops_per_token(config.model_spec(), config.model_spec().seq_len), peak, fp8);
     if (!(sol_of_one > 0)) std::printf("time    unknown: the peak of %s is not in the table\n", device.c_str());
-    else print_time(config, share / sol_of_one, message("assumed: %.0f %% of the peak of every GEMM's format", 100 * share));
+    else print_time(config, share / sol_of_one * ranks, message("assumed: %.0f %% of the peak of every GEMM's format%s", 100 * share, ranks > 1 ? ", no time lost to the ranks" : ""));
 }
 
 void plan_on_reference(const Config& config) {
@@ -63,23 +64,25 @@ double total_bytes(const std::vector<MemoryRow>& rows) {
     return sum;
 }
 
-void dry_run(Config config) {
+void dry_run(Config config, int ranks) {
     const bool has_gpu = gpu_obstacle().empty();
-    if (config.micro_batch == 0) config.micro_batch = largest_micro_batch(config, has_gpu ? gpu_info(0).memory_bytes : kAssumedDeviceBytes);
+    const Parallel parallel = planned_parallel(ranks, parallel_options(config));
+    if (config.micro_batch == 0) config.micro_batch = largest_micro_batch(config, parallel, has_gpu ? gpu_info(0).memory_bytes : kAssumedDeviceBytes);
     const ModelSpec model = config.model_spec();
-    const ParameterList list = make_parameters(model);
+    const ParameterList list = make_parameters(model, parallel.group->size());
     print_model(config, list);
     std::printf("step    %lld tokens = %d micro-batches of %d x %d; %lld steps, %s tokens\n", ll(config.global_batch_tokens),
                 config.micro_batches_per_step(), config.micro_batch, model.seq_len, ll(config.steps),
                 format_rate(double(config.steps) * double(config.global_batch_tokens)).c_str());
+    if (ranks > 1) std::printf("ranks   %d: --shard %s, %d groups of %d\n", ranks, config.shard.c_str(), ranks / list.ranks, list.ranks);
     const double state = 3.0 * sizeof(float) * double(list.published_count());
     std::printf("save    %s a checkpoint on disk, %s of host memory while training\n", format_bytes(state).c_str(),
-                format_bytes(3.0 * sizeof(float) * double(list.flat_elements)).c_str());
+                format_bytes(3.0 * sizeof(float) * double(held_by(list, 0, list.ranks).elements)).c_str());
     if (!config.train.empty()) {
         const DataLoader train = training_data(config);
         std::printf("data    %lld tokens in %zu shards, %.2f epochs\n", ll(train.tokens()), train.shards(),
                     double(config.steps) * double(train.samples_per_step()) / double(train.samples_per_epoch()));
     }
     if (config.device == "cpu") plan_on_reference(config);
-    else plan_on_gpu(config, has_gpu);
+    else plan_on_gpu(config, parallel, has_gpu);
 }

@@ -9,5 +9,5 @@ double total_bytes(const std::vector<MemoryRow>& rows);
 
 // Prints the model, the precision table, the memory table and an estimate of the time. Works without a GPU: the plan is then
 // one for an H100, unless --device cpu asks for the reference device.
-// --micro-batch auto becomes the largest that fits.
-void dry_run(Config config);
+// --micro-batch auto becomes the largest that fits. `ranks`: as many as the launcher would start; the memory is one's.
+void dry_run(Config config, int ranks);

@@ -9,7 +9,6 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_check.h"
-#include "trainer/distributed/nccl_communicator.h"
 #include "trainer/gpu_info.h"
 #include "trainer/run/micro_batch.h"
 
@@ -47,14 +46,13 @@ void take_a_gpu(World& world) {
 }  // namespace
 
 Parallel make_ranks(const Config& config, World& world) {
-    Parallel parallel = make_parallel(world, {.shard = find_shard(config.shard), .replicate = config.replicate,
-                                              .gradient_element = config.reduce_dtype == "bf16" ? Element::bf16 : Element::f32});
-    if (world.alone() || !on_gpus(config, world)) return parallel;
-    require_gpu_mode(parallel);
+    if (world.alone() || !on_gpus(config, world)) return make_parallel(world, parallel_options(config));
     take_a_gpu(world);
-    parallel.world = nccl_split(world, 0, {});
-    parallel.replicas = parallel.world;  // --shard none: every rank holds everything
-    return parallel;
+    return make_gpu_parallel(world, parallel_options(config));
+}
+
+ParallelOptions parallel_options(const Config& config) {
+    return {.shard = find_shard(config.shard), .replicate = config.replicate, .gradient_element = config.reduce_dtype == "bf16" ? Element::bf16 : Element::f32};
 }
 
 EngineOptions engine_options(const Config& config, const Parallel& parallel) {

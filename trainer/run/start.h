@@ -12,6 +12,7 @@
 
 // The communicators of the device that --device names; on GPUs, each rank takes one of its machine's. All ranks call it.
 Parallel make_ranks(const Config& config, World& world);
+ParallelOptions parallel_options(const Config& config);
 EngineOptions engine_options(const Config& config, const Parallel& parallel = {});
 
 // The device that --device names; `auto` falls back to the reference device, and says so.
