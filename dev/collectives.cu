@@ -2,11 +2,14 @@
 //
 //   collectives check                        one GPU: NCCL's own path for one rank, in graphs
 //   mpirun -np N collectives check           N GPUs; every rank prints, and all must pass
-//   mpirun -np N collectives bench           bus bandwidth by size
+//   mpirun -np N collectives bench           time by size and by what carries it, and what that takes from GEMMs; rank 0 prints
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 
 #include "dev/harness.h"
+#include "dev/parts/collectives/bandwidth.h"
+#include "dev/parts/collectives/streams.h"
 #include "trainer/cuda_graph.h"
 #include "trainer/distributed/nccl_communicator.h"
 #include "trainer/distributed/world.h"
@@ -14,43 +17,24 @@
 
 namespace {
 
+constexpr int kNoGpu = 77;  // status of a dev program
+
 // Ranks meet once a process, for checks and benchmarks.
 World& world() {
     static World all(find_launch([](const char* name) -> const char* { return std::getenv(name); }), 120);
     return all;
 }
 
-std::unique_ptr<Communicator> make(int most_ctas) {
+void take_a_gpu() {
     int devices = 0;
     CUDA_CHECK(cudaGetDeviceCount(&devices));
     CUDA_CHECK(cudaSetDevice(devices == 1 ? 0 : world().local_rank()));
-    return nccl_split(world(), 0, {.most_ctas = most_ctas}, true);
 }
 
-struct Streams {
-    cudaStream_t compute = nullptr, communication = nullptr;
-    cudaEvent_t forked = nullptr, joined = nullptr;
-
-    Streams() {
-        int lowest = 0, highest = 0;
-        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-        CUDA_CHECK(cudaStreamCreateWithFlags(&compute, cudaStreamNonBlocking));
-        CUDA_CHECK(cudaStreamCreateWithPriority(&communication, cudaStreamNonBlocking, highest));
-        for (cudaEvent_t* event : {&forked, &joined}) CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
-    }
-    ~Streams() {
-        cudaEventDestroy(forked), cudaEventDestroy(joined);
-        cudaStreamDestroy(compute), cudaStreamDestroy(communication);
-    }
-    void fork() const {
-        CUDA_CHECK(cudaEventRecord(forked, compute));
-        CUDA_CHECK(cudaStreamWaitEvent(communication, forked));
-    }
-    void join() const {
-        CUDA_CHECK(cudaEventRecord(joined, communication));
-        CUDA_CHECK(cudaStreamWaitEvent(compute, joined));
-    }
-};
+std::unique_ptr<Communicator> make(int most_ctas) {
+    take_a_gpu();
+    return nccl_split(world(), 0, {.most_ctas = most_ctas}, true);
+}
 
 // Small whole numbers: their sums are exact in float and in BF16 (below 256), in any order.
 float value_of(int rank, size_t i) { return float((rank * 3 + int(i % 7)) % 11); }
@@ -153,32 +137,35 @@ void checks(Report& report) {
         const std::unique_ptr<Communicator> ranks = make(most_ctas);
         for (const size_t n : {size_t(1), size_t(512), size_t(100'003), size_t(1) << 22}) check_size(report, *ranks, n);
     }
-    if (world().size() > 1) return;
+    if (world().size() > 1) return check_copy_gathers(report, world());
     const std::shared_ptr<Communicator> one = make(0);
     for (const bool use_graphs : {false, true}) check_engine(report, one, use_graphs);
 }
 
-// Bus bandwidth: what each GPU sends, (N - 1) / N of the whole for gather and scatter.
 void benches(Report& report) {
     if (!nccl_obstacle().empty() || world().size() == 1) return report.skip("collectives", "bandwidth", "needs several GPUs");
-    for (const int most_ctas : {0, 4, 8, 16}) {
-        const std::unique_ptr<Communicator> ranks = make(most_ctas);
-        for (const int shift : {20, 22, 24, 26, 28}) {
-            const size_t bytes = size_t(1) << shift, slice = bytes / size_t(world().size());
-            const DeviceBuffer<uint8_t> data(bytes);
-            const std::string shape = message("%zu MiB, %d ranks, at most %d CTAs", bytes >> 20, world().size(), most_ctas);
-            const auto rate = [&](const char* name, double us) {
-                report.expect(std::string(name) + " bandwidth", shape, us > 0, message("%.0f us, bus %.0f GB/s", us, double(bytes - slice) / us * 1e-3));
-            };
-            rate("all_gather", report.bench({.name = "all_gather bytes", .shape = shape, .calls = 20, .samples = 20}, [&](int, cudaStream_t s) { ranks->all_gather(data.get(), int64_t(slice), s); }));
-            rate("reduce_scatter f32", report.bench({.name = "reduce_scatter f32", .shape = shape, .calls = 20, .samples = 20},
-                                                    [&](int, cudaStream_t s) { ranks->reduce_scatter(data.get(), int64_t(slice / 4), Element::f32, s); }));
-            rate("reduce_scatter bf16", report.bench({.name = "reduce_scatter bf16", .shape = shape, .calls = 20, .samples = 20},
-                                                     [&](int, cudaStream_t s) { ranks->reduce_scatter(data.get(), int64_t(slice / 2), Element::bf16, s); }));
-        }
+    take_a_gpu();
+    bench_bandwidth(report, world());
+}
+
+// An error of one rank alone would leave the others waiting in a collective.
+template <void (*kPart)(Report&)>
+void together(Report& report) {
+    const World& all = world();
+    if (kPart == benches && all.rank() > 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");  // one table is enough
+    try {
+        kPart(report);
+    } catch (const std::exception& error) {
+        if (all.alone()) throw;
+        world().fail(error);
     }
 }
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_dev_program(argc, argv, "collectives", checks, benches); }
+// Ranks leave together: whoever left before would count as dead, and end the job before its last lines.
+int main(int argc, char** argv) {
+    const int status = run_dev_program(argc, argv, "collectives", together<checks>, together<benches>);
+    if (status != kNoGpu) world().finish();
+    return status;
+}
