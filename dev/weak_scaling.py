@@ -23,7 +23,7 @@ One communication stream, in program order; a unit is a block, or embedding and 
     full        every micro-batch gathers each unit before its forward and again before its backward, one ahead of it, and scatters its
                 gradients behind the backward of the next; replicas reduce the shards in the last micro-batch
     exposed     = first gather + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
-    SMs taken   = CTAs / 132 x the part of the communication that is hidden: while it runs, compute has that much less
+    SMs taken   = TAKEN x the part of the communication that is hidden: while it runs, compute is that much slower
     kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element), sums of scattered gradients (8 + 4 bytes of the
                 shard, 6 more of the unit where they travel in BF16); a step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
 
@@ -52,6 +52,7 @@ MEMORY_GIB = 79.0
 GATHER_US = {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}
 SCATTER_US = {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}
 CTAS = 16                    # of a collective, at most (--ctas; the bound that the trainer sets)
+TAKEN = None                 # what `dev/collectives bench` prints as lost of the communication's time; None: not measured, CTAs / 132
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Assumed
@@ -235,7 +236,7 @@ def step(s):
         result.exposed += unit.scatter + unit.replicate + edge.scatter + edge.replicate
         result.exposed += edge.gather
         result.beside(unit.gather, f, L)
-    result.taken = s.ctas / SMS * result.hidden
+    result.taken = (s.ctas / SMS if TAKEN is None else TAKEN) * result.hidden
     return result
 
 

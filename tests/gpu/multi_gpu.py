@@ -10,7 +10,7 @@ off leaves what it had. With --seconds, a row whose estimate does not fit into w
 parts of rows' names.
 
 Speed: tokens/s a GPU against one GPU's of the same call: same tokens a GPU and step, same micro-batch, --shard none. Two steps to warm up, one
-traced (CUPTI), then the median of three. Bars at 1558M with 262,144 tokens a GPU and step: 97 % with --shard optimizer, 93 % with full.
+traced (CUPTI), then the median of three (of short steps 4 and 8). Bars at 1558M with 524,288 tokens a step of all GPUs: 97 % with --shard optimizer, 93 % with full.
 Exposed: of the time of communication kernels, that during which no other kernel ran on that GPU, the worst rank: 25 % at most with 8,192 tokens
 a GPU and step. Gathered bytes: a block more of the model costs exactly half as many with FP8 as with BF16. Losses: root mean square
 difference of the validation losses of N GPUs and one, no larger than that of two seeds. Faults end the job within its time-out, with one line
@@ -28,17 +28,20 @@ import sys
 import tempfile
 import time
 
-from multi_gpu_runs import (Failed, Report, Runs, as_torchrun, environment, gpu_memory_mib, memory_gib, own_errors, own_line, program, ranks_of,
-                            records)
+from multi_gpu_runs import (Failed, Report, Runs, Skipped, as_torchrun, environment, gpu_memory_mib, memory_gib, own_errors, own_line, program,
+                            ranks_of, records)
 
 MODELS = {"gpt2-124M": ["--model", "gpt2-124M"], "gpt2-1558M": ["--model", "gpt2-1558M"],
           "gpt2-3B": ["--model", "gpt2-1558M", "--dim", "2560", "--n-layers", "36", "--n-heads", "40"],
           "mini": ["--model", "mini"], "tiny": ["--model", "tiny"]}
 MICRO_BATCH = {"gpt2-124M": 64, "gpt2-1558M": 16, "gpt2-3B": 4, "tiny": 4}  # halved until --dry-run says that it fits
-TOKENS, FEW_TOKENS = 262144, 8192  # of a GPU and step
+STEP_TOKENS = 524288  # of all GPUs
+FEW_TOKENS = 8192     # of a GPU and step, the hard case
 BARS = {"none": 0.97, "optimizer": 0.97, "full": 0.93}  # share of one GPU's speed, 1558M
 MOST_EXPOSED = 0.25
-WARM_UP, TRACED, MEASURED = 2, 1, 3
+WARM_UP = 2           # steps
+TRACED, MEASURED = 1, 3  # then; where steps are short, TRACED_SHORT and MEASURED_SHORT
+TRACED_SHORT, MEASURED_SHORT = 4, 8
 NO_GPUS = 77
 
 
@@ -76,19 +79,22 @@ class Speed:
     def seconds(self):
         rate = {"gpt2-124M": 600e3, "gpt2-1558M": 60e3, "gpt2-3B": 30e3}.get(self.model, 1e6)
         start = {"gpt2-124M": 15, "gpt2-1558M": 35, "gpt2-3B": 60}.get(self.model, 5)
-        return start + (WARM_UP + TRACED + MEASURED) * self.tokens / rate
+        return start + (WARM_UP + sum(self.steps())) * self.tokens / rate
+
+    def steps(self):
+        return (TRACED_SHORT, MEASURED_SHORT) if self.tokens == FEW_TOKENS else (TRACED, MEASURED)
 
     def run(self, report, runs):
         ranks = 1 if self.mode == "alone" else runs.a.ranks
-        tokens = self.tokens if not runs.a.rehearse else 512 * (2 if self.tokens == TOKENS else 1)
+        tokens = self.tokens if not runs.a.rehearse else 512 if self.tokens == FEW_TOKENS else 1024
         if self.model not in runs.micro_batches:
             runs.micro_batches[self.model] = fitting_micro_batch(runs, self.model)
-        context = 64 if runs.a.rehearse else 1024
+        context, (traced, measured) = 64 if runs.a.rehearse else 1024, self.steps()
         micro_batch = min(runs.micro_batches[self.model], tokens // context)
         out, text, used = runs.until_last_step(ranks, *MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks,
-                                               "--steps", WARM_UP + TRACED + MEASURED, "--profile", TRACED, "--eval-every", 0, "--checkpoint-every", 0,
+                                               "--steps", WARM_UP + traced + measured, "--profile", traced, "--eval-every", 0, "--checkpoint-every", 0,
                                                "--shard", "none" if self.mode == "alone" else self.mode)
-        step_s = statistics.median(r["seconds"] for r in records(out, "step")[-MEASURED:])
+        step_s = statistics.median(r["seconds"] for r in records(out, "step")[-measured:])
         rate = tokens / step_s  # of one GPU
         row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": "none" if self.mode == "alone" else self.mode, "seq_len": context,
                "micro_batch": micro_batch, "tokens_per_step": tokens * ranks, "tokens_per_s": round(rate * ranks), "ms_per_step": round(step_s * 1e3, 3),
@@ -107,7 +113,7 @@ class Speed:
         if alone:
             row["share_of_one_gpu"] = round(rate / alone, 4)
             figure += f", {rate / alone:.1%} of one GPU's"
-        bar = BARS.get(self.mode) if measured and self.tokens == TOKENS and runs.a.ranks == 2 else None
+        bar = BARS.get(self.mode) if measured and self.tokens != FEW_TOKENS else None
         if bar and not (alone and rate / alone >= bar):
             failed.append(f"at least {bar:.0%}")
         row["gathered_bytes"] = gathered_bytes(out)
@@ -115,7 +121,7 @@ class Speed:
         profile = records(out, "profile")[-1]
         pairs = list(zip(profile["communication_ms"], profile["exposed_ms"]))
         if any(communication > 0 for communication, _ in pairs):
-            communication, exposed = max(pairs, key=lambda pair: pair[1])
+            communication, exposed = max((pair for pair in pairs if pair[0] > 0), key=lambda pair: pair[1] / pair[0])
             row |= {"communication_ms": round(communication, 3), "exposed_ms": round(exposed, 3), "exposed_share": round(exposed / communication, 4)}
             figure += f", {communication:.1f} ms of communication, {exposed:.1f} ms ({exposed / communication:.0%}) exposed"
             if measured and self.tokens == FEW_TOKENS and self.mode in ("optimizer", "full") and exposed > MOST_EXPOSED * communication:
@@ -198,14 +204,10 @@ class Fault:
         return 45
 
     def run(self, report, runs):
-        before = gpu_memory_mib()
         seconds, status, errors, words, outs = getattr(self, self.kind.replace(" ", "_"))(runs)
         lines = own_errors(errors)
         left = [pid for out in outs for pid in ranks_of(out).values()]
-        deadline = time.monotonic() + 10
-        while any(now > was + 64 for now, was in zip(gpu_memory_mib(), before)) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        kept = [now - was for now, was in zip(gpu_memory_mib(), before) if now > was + 64]
+        kept = runs.kept_mib(within_s=10)
         good = status != 0 and len(lines) == 1 and all(w in lines[0] for w in words) and seconds <= runs.a.timeout + 10 and not left and not kept
         report.test(self.name, "pass" if good else "fail", f"ended after {seconds:.1f} s (time-out {runs.a.timeout} s): {lines}" + (f"; processes left {left}" if left else "") +
                     (f"; MiB of GPU memory left {kept}" if kept else ""))
@@ -219,7 +221,8 @@ class Fault:
 
     @staticmethod
     def model(runs):
-        return [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks]
+        return [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks,
+                "--timeout", runs.a.timeout]
 
     def signalled(self, runs, number, *words):
         out, process = self.endless(runs)
@@ -259,22 +262,22 @@ class Fault:
 # All
 
 
-def rows(rehearse):
-    large, small, huge = "gpt2-1558M", "gpt2-124M", "gpt2-3B"
+def rows(rehearse, ranks):
+    large, small, huge, many = "gpt2-1558M", "gpt2-124M", "gpt2-3B", STEP_TOKENS // ranks
 
     def speeds(model, recipe, tokens, *modes):
         return [Speed(model, recipe, mode, tokens) for mode in modes]
     faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "another option", "missing rank")]
     if rehearse:
-        return [*speeds("tiny", "tensorwise", TOKENS, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
+        return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
                 Gathered("full"), Gathered("gradients"), *faults, Losses("tensorwise"), Losses("bf16")]
-    wanted = [*speeds(large, "tensorwise", TOKENS, "alone", "none", "optimizer", "full"), *speeds(large, "bf16", TOKENS, "alone", "full"),
+    wanted = [*speeds(large, "tensorwise", many, "alone", "none", "optimizer", "full"), *speeds(large, "bf16", many, "alone", "full"),
               *speeds(large, "tensorwise", FEW_TOKENS, "alone", "full", "optimizer"), *[Gathered(mode) for mode in ("full", "gradients")], *faults,
-              *[Losses(recipe) for recipe in ("tensorwise", "bf16")], *speeds(large, "tensorwise", TOKENS, "gradients"),
-              *speeds(small, "tensorwise", TOKENS, "alone", "none", "optimizer", "gradients", "full"), *speeds(large, "bf16", TOKENS, "none", "optimizer", "gradients"),
+              *[Losses(recipe) for recipe in ("tensorwise", "bf16")], *speeds(large, "tensorwise", many, "gradients"),
+              *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds(large, "bf16", many, "none", "optimizer", "gradients"),
               *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(large, "bf16", FEW_TOKENS, "alone", "full"),
-              *speeds(small, "bf16", TOKENS, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(huge, "tensorwise", TOKENS, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "bf16", TOKENS, "alone", "full")]
+              *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "bf16", many, "alone", "full")]
     return list(dict.fromkeys(wanted))
 
 
@@ -284,6 +287,8 @@ def run_row(row, report, runs, left_s):
     start = time.monotonic()
     try:
         row.run(report, runs)
+    except Skipped as skipped:
+        report.test(row.name, "skip", str(skipped))
     except Failed as failed:
         report.test(row.name, "skip" if "only none is implemented" in str(failed) else "fail", str(failed))
     except (subprocess.TimeoutExpired, KeyError, IndexError, FileNotFoundError, statistics.StatisticsError) as error:
@@ -296,7 +301,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--train", default="shards/code_gpt2")
     parser.add_argument("--val", default="shards/code_gpt2")
-    parser.add_argument("--timeout", type=int, help="of the ranks, seconds (20; in a rehearsal 5)")
+    parser.add_argument("--timeout", type=int, help="of the ranks, where faults are made, seconds (20; in a rehearsal 5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all rows")
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose name has one of these in it")
     parser.add_argument("--rehearse", action="store_true", help="on the reference device, to try this script")
@@ -305,7 +310,7 @@ def main():
     parser.add_argument("--earlier", type=pathlib.Path, metavar="FILE", help="results of an earlier call, to which this one's are added")
     a = parser.parse_args()
     a.timeout = a.timeout or (5 if a.rehearse else 20)
-    chosen = [row for row in rows(a.rehearse) if not a.only or any(part in row.name for part in a.only)]
+    chosen = [row for row in rows(a.rehearse, a.ranks) if not a.only or any(part in row.name for part in a.only)]
     if a.list:
         print("\n".join(f"{row.seconds():5.0f} s  {row.name}" for row in chosen))
         return 0

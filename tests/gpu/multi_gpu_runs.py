@@ -1,4 +1,5 @@
 """What multi_gpu.py stands on: jobs of the program under mpirun, and the results of its rows."""
+import contextlib
 import json
 import os
 import pathlib
@@ -6,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from distributed_tests import as_torchrun, environment, mpirun, own_errors, program, ranks_of, records  # noqa: E402, F401
+from distributed_tests import Skipped, as_torchrun, environment, mpirun, own_errors, program, ranks_of, records  # noqa: E402, F401
 
 
 def gpu_memory_mib():
@@ -57,13 +59,14 @@ class Runs:
         self.a, self.folder, self.made = arguments, folder, 0
         self.alone = {}          # (model, recipe, tokens) -> tokens/s of one GPU
         self.micro_batches = {}  # model -> what fits
+        self.idle_mib = gpu_memory_mib()
 
     def command(self, ranks, *options):
         self.made += 1
         out = self.folder / f"run{self.made}"
         cache = self.folder / "gemm.cache"  # GEMMs are tuned once for all rows
-        return out, [*mpirun(ranks), str(program()), "--device", "cpu" if self.a.rehearse else "gpu", "--train", self.a.train, "--timeout", str(self.a.timeout),
-                     "--gemm-cache", str(cache), "--out", str(out), *map(str, options)]
+        return out, [*mpirun(ranks), str(program()), "--device", "cpu" if self.a.rehearse else "gpu", "--train", self.a.train, "--gemm-cache", str(cache),
+                     "--out", str(out), *map(str, options)]
 
     def start(self, ranks, *options, **variables):
         out, command = self.command(ranks, *options)
@@ -71,23 +74,31 @@ class Runs:
         own = environment(NCCL_NVLS_ENABLE="0", OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="passive", **variables)
         return out, subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    @staticmethod
-    def end(out, process):
-        """Kills what is left of a job, and returns what it still said on stderr."""
+    def end(self, out, process):
+        """Kills what is left of a job, and returns what it still said on stderr. The next one finds the GPUs empty."""
         for pid in ranks_of(out).values():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         try:
-            return process.communicate(timeout=30)[1]
+            errors = process.communicate(timeout=30)[1]
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.communicate()[1]
+            errors = process.communicate()[1]
+        self.kept_mib(within_s=20)
+        return errors
+
+    def kept_mib(self, within_s):
+        """GPU memory above what was used before the first row, by GPU; waits until there is none."""
+        deadline = time.monotonic() + within_s
+        while True:
+            kept = [now - was for now, was in zip(gpu_memory_mib(), self.idle_mib) if now > was + 64]
+            if not kept or time.monotonic() > deadline:
+                return kept
+            time.sleep(0.5)
 
     def until_last_step(self, ranks, *options):
         """Runs a job and kills it after the last step's line, before it saves: at 1558M a checkpoint is 18.7 GB. Returns its folder and stdout."""
-        out, process = self.start(ranks, *options)
+        out, process = self.start(ranks, *options, "--timeout", 120)
         last = "traffic" if ranks > 1 else f"step {options[options.index('--steps') + 1]}/"
         lines = []
         for line in process.stdout:

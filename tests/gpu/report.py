@@ -122,7 +122,7 @@ def entries():
     mutants = [sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]
     found.append(Entry("mutants", [(CHECKS, mutants)], checked, ["tests/mutants.py"], long=True))
     shards = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2")
-    found.append(Entry("multi_gpu", [(BENCHMARKS, python_test("multi_gpu.py", "--train", shards, "--val", shards))], ["train_gpt_fp8"] + library,
+    found.append(Entry("multi_gpu", [(BENCHMARKS, python_test("multi_gpu.py", "--train", shards, "--val", shards, *os.environ.get("MULTI_GPU_OPTIONS", "").split()))], ["train_gpt_fp8"] + library,
                        ["tests/gpu/multi_gpu.py", "tests/gpu/multi_gpu_runs.py", "tests/distributed_tests.py", "tests/program_tests.py"], long=True))
     runs = os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [(CHECKS, python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png")))],
