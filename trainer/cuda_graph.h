@@ -37,7 +37,8 @@ class CudaGraph {
             throw;
         }
         CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        const cudaError_t status = cudaGraphInstantiate(&exec_, graph, 0);
+        // Kernels keep the priority of the stream that they were captured from: communication goes first.
+        const cudaError_t status = cudaGraphInstantiate(&exec_, graph, cudaGraphInstantiateFlagUseNodePriority);
         cudaGraphDestroy(graph);
         CUDA_CHECK(status);
     }

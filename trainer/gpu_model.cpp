@@ -168,7 +168,7 @@ void GpuModel::head(std::optional<Position> position, Gemm& gemm, cudaStream_t s
 // One micro-batch
 
 void GpuModel::forward_backward(Position position, Gemm& gemm, cudaStream_t stream) const {
-    if (starts_gradients(position)) parameters_.clear_rest_gradients(stream);
+    if (starts_gradients(position)) parameters_.clear_added_gradients(stream);
     Pass pass{.position = position, .gemm = gemm};
     parameters_.streams().run(micro_batch_schedule(parameters_.shape(), position), stream, [&](const Operation& o, cudaStream_t on) { enqueue(o, pass, on); });
 }

@@ -48,7 +48,8 @@ class GpuParameters {
     float* gradient(int parameter) const;
     // How a micro-batch's GEMMs leave the gradients of units: as the first one does if they are reduced every time.
     Position unit_position(Position position) const { return shape_.partial ? Position::only : position; }
-    void clear_rest_gradients(cudaStream_t stream) const;
+    // Of what is only ever added to; before a step's first micro-batch.
+    void clear_added_gradients(cudaStream_t stream) const;
 
     // One of the schedule's tasks that are not the model's, with a micro-batch's position.
     void execute(const Operation& operation, Position position, cudaStream_t stream);
@@ -107,7 +108,7 @@ class GpuParameters {
     void gather(int unit, cudaStream_t stream) const;
     void transpose(int unit, const uint32_t* skip, cudaStream_t stream) const;
     void reduce(int unit, Position position, cudaStream_t stream) const;
-    void reduce_over_group(const Place& place, Position position, cudaStream_t stream) const;
+    void reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const;
     void reduce_over_replicas(const Place& place, cudaStream_t stream) const;
     void reduce_rest(cudaStream_t stream) const;
     void reduce_norm(cudaStream_t stream) const;

@@ -7,8 +7,11 @@
 #include "kernels/global_norm.h"
 #include "trainer/gpu_parameters.h"
 
-void GpuParameters::clear_rest_gradients(cudaStream_t stream) const {
+void GpuParameters::clear_added_gradients(cudaStream_t stream) const {
     CUDA_CHECK(cudaMemsetAsync(rest_gradients(), 0, size_t(rest_elements()) * sizeof(float), stream));
+    if (!shape_.partial) return;
+    const Place& embedding = places_[size_t(list_.embedding_unit)];
+    CUDA_CHECK(cudaMemsetAsync(embedding.reduced, 0, size_t(embedding.slice) * sizeof(float), stream));
 }
 
 void GpuParameters::execute(const Operation& operation, Position position, cudaStream_t stream) {
@@ -24,6 +27,7 @@ void GpuParameters::execute(const Operation& operation, Position position, cudaS
         case Task::reduce:
             for (const int unit : units_of(operation.layer)) reduce(unit, position, stream);
             return;
+        case Task::reduce_earlier: return reduce_over_group(places_[size_t(list_.embedding_unit)], true, stream);
         case Task::reduce_rest: return reduce_rest(stream);
         case Task::reduce_norm: return reduce_norm(stream);
         case Task::reduce_amaxes: return reduce_amaxes(stream);
@@ -63,14 +67,14 @@ void GpuParameters::cast(cudaStream_t stream) const {
 
 void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) const {
     const Place& place = places_[size_t(unit)];
-    if (shape_.sharded) reduce_over_group(place, position, stream);
+    // The embedding's sum is always added to: its reductions do not come with the position of their micro-batch.
+    if (shape_.sharded) reduce_over_group(place, shape_.partial && (place.layer == kEmbedding || !starts_gradients(position)), stream);
     if (completes_gradients(position)) reduce_over_replicas(place, stream);
 }
 
 // The sum over the group of this rank's slice: in place, or added to what earlier micro-batches left.
-void GpuParameters::reduce_over_group(const Place& place, Position position, cudaStream_t stream) const {
+void GpuParameters::reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const {
     const Mark mark("reduce_scatter");
-    const bool adds = shape_.partial && !starts_gradients(position);
     const int64_t first = place.slice * group().rank();
     if (options_.parallel.gradient_element == Element::bf16) {
         round_to_bf16(place.gradients, wire_, place.elements, stream);

@@ -9,13 +9,16 @@ class Builder {
     explicit Builder(const ShardingShape& shape)
         : shape_(shape), gathered_(size_t(shape.layers), kNothing), reduced_(size_t(shape.layers), kNothing) {}
 
-    void forward() {
+    // `continues`: a micro-batch of the same step came before.
+    void forward(bool continues) {
         const int buffers = shape_.buffers();
-        if (shape_.gathers) {
-            embedding_gathered_ = add(Task::gather, kEmbedding);
+        int embedding_gathered = kNothing;
+        if (shape_.gathers && !continues) {
+            embedding_gathered = add(Task::gather, kEmbedding);
             for (int layer = 0; layer < buffers; ++layer) gather(layer, kNothing);
         }
-        add(Task::embed, kEmbedding, embedding_gathered_);
+        if (shape_.partial && continues) earlier_reduced_ = add(Task::reduce_earlier, kEmbedding);
+        add(Task::embed, kEmbedding, embedding_gathered);
         for (int layer = 0; layer < shape_.layers; ++layer) {
             const int used = add(Task::forward, layer, gathered_[size_t(layer)]);
             if (shape_.gathers && layer + buffers < shape_.layers) gather(layer + buffers, used);
@@ -25,9 +28,9 @@ class Builder {
     // The blocks gathered last are still there: what has gathered them was waited for in the forward pass.
     void backward(Position position) {
         const int buffers = shape_.buffers();
-        const bool reduces = shape_.partial || (shape_.reduces_units && completes_gradients(position));
+        const bool completes = completes_gradients(position), reduces = shape_.partial || (shape_.reduces_units && completes);
         std::fill(gathered_.begin(), gathered_.end(), kNothing);
-        add(Task::head, kEmbedding);
+        add(Task::head, kEmbedding, earlier_reduced_);
         for (int layer = shape_.layers - 1; layer >= 0; --layer) {
             const int gathered = gathered_[size_t(layer)];
             if (shape_.gathers && shape_.transposes) add(Task::transpose, layer, gathered);
@@ -37,8 +40,8 @@ class Builder {
             if (reduces) reduced_[size_t(layer)] = add(Task::reduce, layer, used);
         }
         const int embedded = add(Task::embed_backward, kEmbedding);
-        if (reduces) add(Task::reduce, kEmbedding, embedded);
-        if (shape_.reduces_rest && completes_gradients(position)) add(Task::reduce_rest, kEmbedding, embedded);
+        if (shape_.reduces_units && completes) add(Task::reduce, kEmbedding, embedded);
+        if (shape_.reduces_rest && completes) add(Task::reduce_rest, kEmbedding, embedded);
     }
 
     void update() {
@@ -70,7 +73,7 @@ class Builder {
     const ShardingShape shape_;
     Schedule schedule_;
     int waited_[2] = {kNothing, kNothing};  // by stream
-    int embedding_gathered_ = kNothing, updated_ = kNothing;
+    int earlier_reduced_ = kNothing, updated_ = kNothing;
     std::vector<int> gathered_, reduced_;  // by layer, the operation that did it
 };
 
@@ -85,13 +88,13 @@ ShardingShape sharding_shape(const Parallel& parallel, int layers, bool transpos
 
 Schedule forward_schedule(const ShardingShape& shape) {
     Builder builder(shape);
-    builder.forward();
+    builder.forward(false);
     return builder.take();
 }
 
 Schedule micro_batch_schedule(const ShardingShape& shape, Position position) {
     Builder builder(shape);
-    builder.forward();
+    builder.forward(!starts_gradients(position));
     builder.backward(position);
     return builder.take();
 }

@@ -5,9 +5,11 @@
 // and with it for all that come before that one. Both streams start together and have ended when the schedule has. A schedule depends on nothing that
 // differs between ranks, so all of them enqueue their collectives in one order.
 //
-// With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward, so that the
-// last blocks of the forward pass need not be gathered again. As soon as a buffer is free the next block's gather follows:
-// ahead of the compute of the block before it. Gradients that are reduced every micro-batch take turns in the same way.
+// With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward. So the last
+// blocks of the forward pass need not be gathered again, nor need the first ones, and the embedding, in the next micro-batch of
+// a step. As soon as a buffer is free the next block's gather follows: ahead of the compute of the block before it. Gradients
+// that are reduced every micro-batch take turns in the same way; those of the embedding, which are complete last and needed
+// again only by the next head, are reduced beside the next forward pass.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -26,6 +28,7 @@ enum class Task : uint8_t {
     // Collectives
     gather,          // weights of a block or of the embedding
     reduce,          // gradients of a block or of the embedding
+    reduce_earlier,  // gradients of the embedding, of the micro-batch before
     reduce_rest,     // what is replicated: its gradients, the loss, the flag
     reduce_norm, reduce_amaxes,
 };

@@ -11,12 +11,15 @@
 
 namespace {
 
-// What an operation reads and writes, by name, and whose contents a read expects.
+// Contents of a buffer are those of a layer, or:
+enum Contents { kWhatever = -10, kBegun, kReduced };
+
+// What an operation reads and writes, by name, what it must find there and what it leaves.
 struct Access {
     std::string what;
     bool writes;
-    int expects = -2;  // layer whose contents it must find; -2: whatever
-    int leaves = -2;   // layer whose contents a write leaves; -2: the same
+    int expects = kWhatever;
+    int leaves = kWhatever;  // the same as before
 };
 
 std::string number(const char* what, int i) { return what + std::to_string(i); }
@@ -31,19 +34,20 @@ std::vector<Access> accesses_of(const ShardingShape& s, const Operation& o) {
     switch (o.task) {
         case Task::embed: return {{embedding, false, kEmbedding}, {"activations", true}};
         case Task::forward: return {{weights, false, l}, {"activations", true}};
-        case Task::head: return {{embedding, false, kEmbedding}, {"activations", true}, {"loss", true}, {embedding_gradients, true, -2, kEmbedding}, {"rest", true}};
+        case Task::head: return {{embedding, false, kEmbedding}, {"activations", true}, {"loss", true}, {embedding_gradients, true, s.partial ? kReduced : kWhatever, kBegun}, {"rest", true}};
         case Task::backward: {
-            std::vector<Access> all{{weights, false, l}, {"activations", true}, {gradients, true, -2, l}, {"rest", true}};
+            std::vector<Access> all{{weights, false, l}, {"activations", true}, {gradients, true, s.partial ? kReduced : kWhatever, l}, {"rest", true}};
             if (s.transposes) all.push_back({transposed, false, l});
             return all;
         }
-        case Task::embed_backward: return {{"activations", true}, {embedding_gradients, true, kEmbedding, kEmbedding}, {"rest", true}};
-        case Task::transpose: return {{weights, false, l}, {transposed, true, -2, l}};
+        case Task::embed_backward: return {{"activations", true}, {embedding_gradients, true, kBegun, kEmbedding}, {"rest", true}};
+        case Task::transpose: return {{weights, false, l}, {transposed, true, kWhatever, l}};
         case Task::measure_norm: return {{"norm", true}};
         case Task::update: return {{"norm", false}, {"amaxes", true}, {"slices", true}};
         case Task::cast: return {{"amaxes", false}, {"slices", true}};
-        case Task::gather: return {{"slices", false}, {weights, true, -2, l}};
-        case Task::reduce: return {{gradients, true, l, l}};
+        case Task::gather: return {{"slices", false}, {weights, true, kWhatever, l}};
+        case Task::reduce: return {{gradients, true, l, kReduced}};
+        case Task::reduce_earlier: return {{embedding_gradients, true, kEmbedding, kReduced}};
         case Task::reduce_rest: return {{"rest", true}, {"loss", true}};
         case Task::reduce_norm: return {{"norm", true}};
         case Task::reduce_amaxes: return {{"amaxes", true}};
@@ -68,12 +72,20 @@ std::vector<std::vector<bool>> happens_before(const Schedule& schedule) {
     return before;
 }
 
-// "" when all is well.
-std::string problem_of(const ShardingShape& shape, const Schedule& schedule) {
-    const auto before = happens_before(schedule);
-    std::map<std::string, int> holds;
+using Buffers = std::map<std::string, int>;
+
+// Between two steps: with full sharding there may be anything in the weights' buffers.
+Buffers at_rest(const ShardingShape& shape) {
+    Buffers holds;
     if (!shape.gathers)
         for (int l = -1; l < shape.layers; ++l) holds[number("weights ", l)] = holds[number("transposed ", l)] = l;
+    for (int b = -1; b < shape.buffers(); ++b) holds[number("gradients buffer ", b)] = kReduced;
+    return holds;
+}
+
+// "" when all is well, with the buffers as they were left in `holds` and are left there again.
+std::string problem_of(const ShardingShape& shape, const Schedule& schedule, Buffers& holds) {
+    const auto before = happens_before(schedule);
     std::vector<std::vector<Access>> accesses;
     for (const Operation& o : schedule) accesses.push_back(accesses_of(shape, o));
     for (size_t j = 0; j < schedule.size(); ++j)
@@ -82,9 +94,9 @@ std::string problem_of(const ShardingShape& shape, const Schedule& schedule) {
                 for (const Access& other : accesses[i])
                     if (mine.what == other.what && (mine.writes || other.writes) && !before[i][j])
                         return message("operations %zu and %zu meet in %s", i, j, mine.what.c_str());
-            if (mine.expects != -2 && (!holds.count(mine.what) || holds[mine.what] != mine.expects))
+            if (mine.expects != kWhatever && (!holds.count(mine.what) || holds[mine.what] != mine.expects))
                 return message("operation %zu finds other contents in %s than of %d", j, mine.what.c_str(), mine.expects);
-            if (mine.writes && mine.leaves != -2) holds[mine.what] = mine.leaves;
+            if (mine.writes && mine.leaves != kWhatever) holds[mine.what] = mine.leaves;
         }
     return "";
 }
@@ -93,6 +105,12 @@ struct Named {
     std::string name;
     ShardingShape shape;
     Schedule schedule;
+    Buffers holds;  // when it begins
+
+    std::string problem() const {
+        Buffers buffers = holds;
+        return problem_of(shape, schedule, buffers);
+    }
 };
 
 std::vector<Named> all_schedules() {
@@ -106,11 +124,15 @@ std::vector<Named> all_schedules() {
                                             .replicas = ranks(mode == Shard::none ? 4 : 2)};
                     const ShardingShape shape = sharding_shape(parallel, layers, transposes);
                     const std::string name = message("%d layers, mode %d, %s%s", layers, int(mode), alone ? "alone" : "4 ranks", transposes ? ", FP8" : "");
-                    for (const Position p : {Position::only, Position::first, Position::middle, Position::last})
-                        all.push_back({name + message(", position %d", int(p)), shape, micro_batch_schedule(shape, p)});
-                    all.push_back({name + ", forward", shape, forward_schedule(shape)});
-                    all.push_back({name + ", optimizer", shape, optimizer_schedule(shape)});
-                    all.push_back({name + ", refresh", shape, refresh_schedule(shape)});
+                    Buffers holds = at_rest(shape);
+                    for (const Position p : {Position::first, Position::middle, Position::last, Position::only}) {
+                        if (starts_gradients(p)) holds = at_rest(shape);
+                        all.push_back({name + message(", position %d", int(p)), shape, micro_batch_schedule(shape, p), holds});
+                        EXPECT_EQ(problem_of(shape, all.back().schedule, holds), "") << all.back().name;
+                    }
+                    all.push_back({name + ", forward", shape, forward_schedule(shape), at_rest(shape)});
+                    all.push_back({name + ", optimizer", shape, optimizer_schedule(shape), at_rest(shape)});
+                    all.push_back({name + ", refresh", shape, refresh_schedule(shape), at_rest(shape)});
                 }
     return all;
 }
@@ -129,7 +151,7 @@ size_t index_of(const Schedule& schedule, Task task, int layer, size_t from = 0)
 
 TEST(ShardingSchedule, NothingIsOverwrittenWhileItIsUsed) {
     for (const Named& s : all_schedules()) {
-        EXPECT_EQ(problem_of(s.shape, s.schedule), "") << s.name;
+        EXPECT_EQ(s.problem(), "") << s.name;
         for (size_t j = 0; j < s.schedule.size(); ++j) {
             const int after = s.schedule[j].after;
             if (after == kNothing) continue;
@@ -144,9 +166,9 @@ TEST(ShardingSchedule, EveryWaitIsNeeded) {
     for (const Named& s : all_schedules())
         for (size_t j = 0; j < s.schedule.size(); ++j) {
             if (s.schedule[j].after == kNothing) continue;
-            Schedule without = s.schedule;
-            without[j].after = kNothing;
-            EXPECT_NE(problem_of(s.shape, without), "") << s.name << ": operation " << j << " waits for " << s.schedule[j].after << " in vain";
+            Named without = s;
+            without.schedule[j].after = kNothing;
+            EXPECT_NE(without.problem(), "") << s.name << ": operation " << j << " waits for " << s.schedule[j].after << " in vain";
         }
 }
 
@@ -168,21 +190,39 @@ TEST(ShardingSchedule, BlocksComeInOrderAndOnce) {
     }
 }
 
-// Every unit, when it should be: `gradients` and `full` every micro-batch, the others with the last one.
-TEST(ShardingSchedule, EveryGradientIsReducedOnce) {
+// A step of several micro-batches, evaluations in between steps: what one leaves is what the next one expects, and every gradient of
+// every micro-batch has been reduced once when the optimizer comes.
+TEST(ShardingSchedule, StepsFollowEachOther) {
+    for (const Shard mode : {Shard::none, Shard::optimizer, Shard::gradients, Shard::full})
+        for (const int layers : {1, 2, 3, 6})
+            for (const int micro_batches : {1, 2, 3, 5}) {
+                const Parallel parallel = planned_parallel(4, {.shard = mode, .replicate = mode == Shard::none ? 1 : 2});
+                const ShardingShape shape = sharding_shape(parallel, layers, true);
+                Buffers holds = at_rest(shape);
+                for (int step = 0; step < 2; ++step) {
+                    std::map<int, int> reduced;  // by layer
+                    int rest = 0;
+                    for (int i = 0; i < micro_batches; ++i) {
+                        const Schedule schedule = micro_batch_schedule(shape, position_of(i, micro_batches));
+                        ASSERT_EQ(problem_of(shape, schedule, holds), "") << "mode " << int(mode) << ", micro-batch " << i;
+                        for (const Operation& o : schedule) {
+                            reduced[o.layer] += o.task == Task::reduce || o.task == Task::reduce_earlier;
+                            rest += o.task == Task::reduce_rest;
+                        }
+                    }
+                    for (int l = kEmbedding; l < layers; ++l) EXPECT_EQ(reduced[l], shape.partial ? micro_batches : 1) << "mode " << int(mode) << ", layer " << l;
+                    EXPECT_EQ(rest, 1);
+                    for (const Schedule& schedule : {optimizer_schedule(shape), forward_schedule(shape)}) ASSERT_EQ(problem_of(shape, schedule, holds), "");
+                }
+            }
+}
+
+// Only with the last micro-batch is anything reduced that is not cut away every time.
+TEST(ShardingSchedule, OthersReduceWithTheLastMicroBatch) {
     for (const Named& s : all_schedules()) {
-        const size_t at = s.name.find("position ");
-        if (at == std::string::npos) continue;
-        const Position position = Position(s.name.back() - '0');
-        std::vector<int> reduced = layers_of(s.schedule, Task::reduce);
-        if (!s.shape.partial && (!s.shape.reduces_units || !completes_gradients(position))) {
-            EXPECT_TRUE(reduced.empty()) << s.name;
-        } else {
-            ASSERT_EQ(int(reduced.size()), s.shape.layers + 1) << s.name;
-            EXPECT_EQ(reduced.back(), kEmbedding) << s.name;
-            for (int i = 0; i < s.shape.layers; ++i) EXPECT_EQ(reduced[size_t(i)], s.shape.layers - 1 - i) << s.name;
-        }
-        EXPECT_EQ(layers_of(s.schedule, Task::reduce_rest).size(), s.shape.reduces_rest && completes_gradients(position) ? 1u : 0u) << s.name;
+        const bool completes = s.name.ends_with("position 0") || s.name.ends_with("position 3");
+        if (s.shape.partial || completes) continue;
+        EXPECT_TRUE(layers_of(s.schedule, Task::reduce).empty() && layers_of(s.schedule, Task::reduce_rest).empty()) << s.name;
     }
 }
 
@@ -193,8 +233,13 @@ TEST(ShardingSchedule, NextBlockIsGatheredAhead) {
         if (!s.shape.gathers || s.name.find("position") == std::string::npos) continue;
         const auto before = happens_before(s.schedule);
         const size_t head = index_of(s.schedule, Task::head, kEmbedding);
+        const bool continues = s.name.ends_with("position 2") || s.name.ends_with("position 3");
         for (int l = 0; l + 1 < s.shape.layers; ++l, ++checked) {
             const size_t gather = index_of(s.schedule, Task::gather, l + 1), compute = index_of(s.schedule, Task::forward, l);
+            if (continues && l + 1 < s.shape.buffers()) {
+                EXPECT_GT(gather, head) << s.name << ": block " << l + 1 << " is still there";
+                continue;
+            }
             ASSERT_LT(gather, compute) << s.name;
             EXPECT_FALSE(before[compute][gather]) << s.name;
         }
