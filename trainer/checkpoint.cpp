@@ -6,16 +6,18 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
-#include <optional>
 #include <set>
+#include <sstream>
+#include <string_view>
 #include <utility>
 
 #include "kernels/common/check.h"
+#include "trainer/checkpoint_header.h"
+#include "trainer/checksum.h"
 #include "trainer/distributed/shard.h"
 #include "trainer/safetensors.h"
 
@@ -23,13 +25,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-using Json = nlohmann::ordered_json;
 using ll = long long;
-
-constexpr int kFormatVersion = 1;
-constexpr const char* kParamsFile = "params.safetensors";
-constexpr const char* kAdamFile = "adam.safetensors";
-constexpr const char* kInfoFile = "checkpoint.json";
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Files and folders
@@ -107,144 +103,31 @@ void remove_leftovers(const std::string& out_dir) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// checkpoint.json
-
-struct Header {
-    CheckpointInfo info;
-    int64_t step, adam_t, skipped_steps;
-    int64_t saved_ns;  // since 1970
-    std::vector<RecentStep> recent;
-    std::map<std::string, uint64_t> files;  // sizes
-};
-
-Json model_json(const ModelSpec& m) {
-    return {{"name", m.name},       {"n_layers", m.n_layers},     {"dim", m.dim},        {"n_heads", m.n_heads},
-            {"ffn_dim", m.ffn_dim}, {"vocab_size", m.vocab_size}, {"seq_len", m.seq_len}};
-}
-
-Json header_json(const Header& h) {
-    Json json;
-    json["format_version"] = kFormatVersion;
-    json["step"] = h.step;
-    json["adam_t"] = h.adam_t;
-    json["skipped_steps"] = h.skipped_steps;
-    json["saved_ns"] = h.saved_ns;
-    json["recent"] = Json::array();  // [step, loss, norm]
-    for (const RecentStep& r : h.recent) json["recent"].push_back({r.step, r.loss, r.grad_norm});
-    json["model"] = model_json(h.info.model);
-    json["recipe"] = h.info.recipe;
-    json["seed"] = h.info.seed;
-    json["tokens_per_step"] = h.info.tokens_per_step;
-    json["samples_per_epoch"] = h.info.samples_per_epoch;
-    json["tokenizer"] = h.info.tokenizer;
-    json["config"] = h.info.config_toml;
-    json["gemm_choices"] = h.info.gemm_choices;
-    json["files"] = h.files;
-    return json;
-}
-
-// The JSON library converts any number to any type, which is undefined for 1e30 and wrong for -1 or 1.5.
-template <typename Integer>
-Integer whole_number(const Json& value, const std::string& what) {
-    const bool fits = value.is_number_unsigned() ? std::in_range<Integer>(value.get<uint64_t>())
-                                                 : value.is_number_integer() && std::in_range<Integer>(value.get<int64_t>());
-    if (!fits) throw Json::type_error::create(302, what + " must be a whole number of " + std::to_string(sizeof(Integer)) + " bytes", &value);
-    return value.get<Integer>();
-}
-
-// The member `key` of an object as a number of the type that is asked for.
-class WholeNumber {
-  public:
-    WholeNumber(const Json& object, const char* key) : value_(object.at(key)), key_(key) {}
-    template <typename Integer>
-    operator Integer() const {
-        return whole_number<Integer>(value_, key_);
-    }
-
-  private:
-    const Json& value_;
-    const char* key_;
-};
-
-ModelSpec parse_model(const Json& m) {
-    return {.name = m.at("name"), .n_layers = WholeNumber(m, "n_layers"), .dim = WholeNumber(m, "dim"),
-            .n_heads = WholeNumber(m, "n_heads"), .ffn_dim = WholeNumber(m, "ffn_dim"),
-            .vocab_size = WholeNumber(m, "vocab_size"), .seq_len = WholeNumber(m, "seq_len")};
-}
-
-// Throws Error if the checkpoint is not complete.
-Header read_header(const std::string& folder) {
-    const std::string path = folder + "/" + kInfoFile;
-    std::ifstream in(path);
-    REQUIRE(in, "%s: no complete checkpoint: cannot open %s: %s", folder.c_str(), kInfoFile, std::strerror(errno));
-    Header h;
-    try {
-        const Json json = Json::parse(in);
-        const int version = WholeNumber(json, "format_version");
-        REQUIRE(version == kFormatVersion, "%s: checkpoint of format version %d, must be %d", path.c_str(), version,
-                kFormatVersion);
-        h.step = WholeNumber(json, "step"), h.adam_t = WholeNumber(json, "adam_t");
-        h.skipped_steps = WholeNumber(json, "skipped_steps"), h.saved_ns = WholeNumber(json, "saved_ns");
-        for (const Json& r : json.value("recent", Json::array()))
-            h.recent.push_back({whole_number<int64_t>(r.at(0), "recent step"), r.at(1), r.at(2)});
-        h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = WholeNumber(json, "seed"),
-                  .tokens_per_step = WholeNumber(json, "tokens_per_step"),
-                  .samples_per_epoch = WholeNumber(json, "samples_per_epoch"), .tokenizer = json.value("tokenizer", "unknown"),
-                  .config_toml = json.at("config"),
-                  .gemm_choices = json.at("gemm_choices")};
-        if (!json.at("files").is_object()) throw Json::type_error::create(302, "files must be an object", &json);
-        for (const auto& [name, bytes] : json.at("files").items()) h.files[name] = whole_number<uint64_t>(bytes, name);
-    } catch (const nlohmann::json::exception& error) {
-        throw Error(message("%s: damaged: %s", path.c_str(), error.what()));
-    }
-    REQUIRE(h.step >= 0 && h.adam_t >= 0 && h.skipped_steps >= 0, "%s: step %lld, adam_t %lld, skipped_steps %lld: must be at "
-            "least 0", path.c_str(), ll(h.step), ll(h.adam_t), ll(h.skipped_steps));
-    for (const char* name : {kParamsFile, kAdamFile}) {
-        const std::string file = folder + "/" + name;
-        REQUIRE(h.files.contains(name), "%s: damaged: files has no %s", path.c_str(), name);
-        std::error_code error;
-        const uint64_t size = fs::file_size(file, error);
-        REQUIRE(!error, "%s: no complete checkpoint: %s", file.c_str(), error.message().c_str());
-        REQUIRE(size == h.files[name], "%s: %llu bytes, but %s says %llu", file.c_str(), (unsigned long long)size, kInfoFile,
-                (unsigned long long)h.files[name]);
-    }
-    return h;
-}
+// Which checkpoints there are
 
 struct Found {
     std::string name;
     int64_t saved_ns, step;
 };
 
-// Complete checkpoints, the last saved first.
-std::vector<Found> complete_checkpoints(const std::string& out_dir) {
+// Complete checkpoints, the last saved first. Of those that are none, why, with their step.
+std::vector<Found> complete_checkpoints(const std::string& out_dir, std::vector<std::pair<int64_t, std::string>>* incomplete = nullptr) {
     std::vector<Found> found;
     std::error_code missing;
     for (const fs::directory_entry& entry : fs::directory_iterator(out_dir, missing)) {
         const std::string name = entry.path().filename().string();
         if (!is_checkpoint_name(name)) continue;
         try {
-            const Header header = read_header(entry.path().string());
+            const CheckpointHeader header = read_header(entry.path().string());
             found.push_back({name, header.saved_ns, header.step});
-        } catch (const Error&) {
-            // Not complete: not a checkpoint. load_checkpoint says why when it is named.
+        } catch (const Error& error) {
+            if (incomplete) incomplete->emplace_back(std::strtoll(name.c_str() + std::strlen("step_"), nullptr, 10), error.what());
         }
     }
     std::sort(found.begin(), found.end(), [](const Found& a, const Found& b) {
         return std::pair(a.saved_ns, a.step) > std::pair(b.saved_ns, b.step);
     });
     return found;
-}
-
-void require_same_model(const std::string& path, const ModelSpec& found, const ModelSpec& expected) {
-    static const std::pair<const char*, int ModelSpec::*> kFields[] = {
-        {"n-layers", &ModelSpec::n_layers}, {"dim", &ModelSpec::dim},
-        {"n-heads", &ModelSpec::n_heads},   {"ffn-dim", &ModelSpec::ffn_dim},
-        {"vocab-size", &ModelSpec::vocab_size}, {"seq-len", &ModelSpec::seq_len},
-    };
-    for (const auto& [name, field] : kFields)
-        REQUIRE(found.*field == expected.*field, "--resume %s: checkpoint of another model: its %s is %d, this run's is %d",
-                path.c_str(), name, found.*field, expected.*field);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +151,8 @@ std::vector<std::pair<std::string, std::vector<int64_t>>> tensors_of(const Param
     return tensors;
 }
 
-void write_parts(const std::string& path, const ParameterList& list, const std::vector<Part>& parts) {
+// What the writer summed, in the order of the file.
+std::vector<uint64_t> write_parts(const std::string& path, const ParameterList& list, const std::vector<Part>& parts) {
     std::vector<std::string> prefixes;
     for (const Part& part : parts) prefixes.push_back(part.prefix);
     SafetensorsWriter writer(path, tensors_of(list, prefixes));
@@ -290,6 +174,7 @@ void write_parts(const std::string& path, const ParameterList& list, const std::
         }
     }
     writer.publish();
+    return writer.checksums();
 }
 
 void read_tensor(const SafetensorsReader& reader, const TensorEntry& tensor, const Parameter& p, float* flat) {
@@ -298,6 +183,22 @@ void read_tensor(const SafetensorsReader& reader, const TensorEntry& tensor, con
     std::vector<float> values(size_t(p.count()));
     reader.read(tensor, values.data());
     from_file_layout(p, values.data(), flat);
+}
+
+void read_piece(const SafetensorsReader& reader, const TensorEntry& tensor, const Parameter& p, const HeldPiece& piece, float* flat) {
+    float* to = flat + piece.offset;
+    if (piece.count == p.padded_count()) return read_tensor(reader, tensor, p, to);
+    std::vector<float> whole(size_t(p.padded_count()));
+    read_tensor(reader, tensor, p, whole.data());
+    std::copy_n(whole.begin() + piece.first, piece.count, to);
+}
+
+// At the places of the list.
+Held everything(const ParameterList& list) {
+    Held held{.pieces = {}, .elements = list.flat_elements, .unit_offsets = {}, .rest_offset = list.cleared_from};
+    for (size_t i = 0; i < list.all.size(); ++i)
+        held.pieces.push_back({.parameter = int(i), .first = 0, .count = list.all[i].padded_count(), .offset = list.all[i].offset});
+    return held;
 }
 
 struct Destination {
@@ -315,18 +216,9 @@ void read_parts(const std::string& path, const ParameterList& list, const Held& 
             known.insert(part.prefix + p.name);
         }
         part.flat->assign(size_t(held.elements), 0.0f);
-        std::vector<float> whole;
         for (const HeldPiece& piece : held.pieces) {
             const Parameter& p = list[piece.parameter];
-            const TensorEntry& tensor = *reader.find(part.prefix + p.name);
-            float* to = part.flat->data() + piece.offset;
-            if (piece.count == p.padded_count()) {
-                read_tensor(reader, tensor, p, to);
-                continue;
-            }
-            whole.resize(size_t(p.padded_count()));
-            read_tensor(reader, tensor, p, whole.data());
-            std::copy_n(whole.begin() + piece.first, piece.count, to);
+            read_piece(reader, *reader.find(part.prefix + p.name), p, piece, part.flat->data());
         }
     }
     for (const TensorEntry& tensor : reader.tensors())
@@ -370,21 +262,31 @@ void require_tied(const SafetensorsReader& reader, const TensorEntry& head, cons
             embedding.name.c_str());
 }
 
-// The last file: with it the folder is a checkpoint.
-void write_info(const std::string& folder, const CheckpointInfo& info, const TrainState& state) {
+// The last file: with it the folder is a checkpoint. `checksums` are of the tensors of both files.
+void write_info(const std::string& folder, const CheckpointInfo& info, const TrainState& state, const std::vector<uint64_t>& checksums) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
-    Header header{.info = info, .step = state.step, .adam_t = state.adam_t, .skipped_steps = state.skipped_steps,
-                  .saved_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(),
-                  .recent = state.recent, .files = {}};
-    for (const char* file : {kParamsFile, kAdamFile}) header.files[file] = fs::file_size(folder + "/" + file);
-    write_text_file(folder + "/" + kInfoFile, header_json(header).dump(2, ' ', false, Json::error_handler_t::replace));
+    CheckpointHeader header{.info = info, .step = state.step, .adam_t = state.adam_t, .skipped_steps = state.skipped_steps,
+                            .saved_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count(),
+                            .recent = state.recent, .files = {}, .checksums = {}};
+    auto next = checksums.begin();
+    for (const char* file : {kParamsFile, kAdamFile}) {
+        const SafetensorsReader reader(folder + "/" + file);
+        header.files[file] = fs::file_size(reader.path());
+        std::vector<uint64_t>& of_file = header.checksums[file];
+        of_file.push_back(checksum_of_bytes(reader.header()));
+        const auto end = next + ptrdiff_t(reader.tensors().size());
+        of_file.insert(of_file.end(), next, end);
+        next = end;
+    }
+    write_text_file(folder + "/" + kInfoFile, header_text(header));
     sync_folder(folder);
 }
 
 void write_folder(const std::string& folder, const CheckpointInfo& info, const ParameterList& list, const TrainState& state) {
-    write_parts(folder + "/" + kParamsFile, list, {{"", &state.params}});
-    write_parts(folder + "/" + kAdamFile, list, {{"adam.m.", &state.m}, {"adam.v.", &state.v}});
-    write_info(folder, info, state);
+    std::vector<uint64_t> checksums = write_parts(folder + "/" + kParamsFile, list, {{"", &state.params}});
+    const std::vector<uint64_t> of_moments = write_parts(folder + "/" + kAdamFile, list, {{"adam.m.", &state.m}, {"adam.v.", &state.v}});
+    checksums.insert(checksums.end(), of_moments.begin(), of_moments.end());
+    write_info(folder, info, state, checksums);
 }
 
 // From its hidden name to its real one. A checkpoint of that step, if there is one, is there until the new one is.
@@ -437,7 +339,29 @@ void begin_checkpoint(const std::string& out_dir, const ParameterList& list, int
     SafetensorsWriter(folder + "/" + kAdamFile, tensors_of(list, {"adam.m.", "adam.v."}), SafetensorsWriter::Share::begin).end_part();
 }
 
-int64_t write_part(const std::string& out_dir, const ParameterList& list, const Held& held, const PartOfRank& part, const TrainState& state) {
+WrittenPart& WrittenPart::operator+=(const WrittenPart& other) {
+    elements += other.elements;
+    checksums.resize(std::max(checksums.size(), other.checksums.size()));
+    for (size_t i = 0; i < other.checksums.size(); ++i) checksums[i] += other.checksums[i];
+    return *this;
+}
+
+std::string format_part(const WrittenPart& part) {
+    std::string text = std::to_string(part.elements);
+    for (const uint64_t sum : part.checksums) (text += ' ') += format_checksum(sum);
+    return text;
+}
+
+WrittenPart parse_part(const std::string& text) {
+    std::istringstream words(text);
+    WrittenPart part;
+    bool valid = bool(words >> part.elements);
+    for (std::string word; words >> word;) valid = valid && parse_checksum(word, part.checksums.emplace_back());
+    REQUIRE(valid, "checkpoint: a rank's part is \"%.60s\"", text.c_str());
+    return part;
+}
+
+WrittenPart write_part(const std::string& out_dir, const ParameterList& list, const Held& held, const PartOfRank& part, const TrainState& state) {
     const std::string folder = hidden_folder(out_dir, state.step);
     SafetensorsWriter params(folder + "/" + kParamsFile, tensors_of(list, {""}), SafetensorsWriter::Share::join);
     SafetensorsWriter adam(folder + "/" + kAdamFile, tensors_of(list, {"adam.m.", "adam.v."}), SafetensorsWriter::Share::join);
@@ -454,15 +378,19 @@ int64_t write_part(const std::string& out_dir, const ParameterList& list, const 
         if (range.size() == 0) continue;
         for (const File& f : files) write_elements(f.writer, f.prefix + p.name, p, range, f.flat.data() + piece.offset + range.begin - piece.first);
     }
-    return params.end_part() + adam.end_part();
+    WrittenPart written{.elements = params.end_part() + adam.end_part(), .checksums = params.checksums()};
+    const std::vector<uint64_t> of_moments = adam.checksums();
+    written.checksums.insert(written.checksums.end(), of_moments.begin(), of_moments.end());
+    return written;
 }
 
-std::string complete_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list, const TrainState& state, int64_t elements) {
+std::string complete_checkpoint(const std::string& out_dir, const CheckpointInfo& info, const ParameterList& list, const TrainState& state,
+                                const WrittenPart& whole) {
     const std::string name = message("step_%06lld", ll(state.step)), folder = hidden_folder(out_dir, state.step);
-    REQUIRE(elements == 3 * list.published_count(), "checkpoint of step %lld: the ranks wrote %lld elements of %lld", ll(state.step), ll(elements),
-            ll(3 * list.published_count()));
+    REQUIRE(whole.elements == 3 * list.published_count() && whole.checksums.size() == 3 * list.all.size(), "checkpoint of step %lld: the ranks wrote %lld elements of %lld",
+            ll(state.step), ll(whole.elements), ll(3 * list.published_count()));
     for (const char* file : {kParamsFile, kAdamFile}) rename_path(folder + "/" + file + ".tmp", folder + "/" + file);
-    write_info(folder, info, state);
+    write_info(folder, info, state, whole.checksums);
     publish_folder(out_dir, name);
     return out_dir + "/" + name;
 }
@@ -488,18 +416,44 @@ std::string find_latest(const std::string& out_dir) {
     return found.empty() ? "" : out_dir + "/" + found.front().name;
 }
 
+LatestIntact find_latest_intact(const std::string& out_dir) {
+    restore_replaced(out_dir);
+    LatestIntact latest;
+    std::vector<std::pair<int64_t, std::string>> incomplete;
+    int64_t step = -1;
+    for (const Found& found : complete_checkpoints(out_dir, &incomplete)) try {
+        const std::string path = out_dir + "/" + found.name;
+        latest.verified = verify_checkpoint(path, CheckpointFiles::all);
+        latest.path = path, step = found.step;
+        break;
+    } catch (const Error& error) {
+        latest.damaged.push_back(error.what());
+    }
+    for (const auto& [at, problem] : incomplete)
+        if (at > step) latest.damaged.push_back(problem);
+    return latest;
+}
+
+void require_same_model(const std::string& whose, const ModelSpec& found, const ModelSpec& expected) {
+    static const std::pair<const char*, int ModelSpec::*> kFields[] = {
+        {"n-layers", &ModelSpec::n_layers}, {"dim", &ModelSpec::dim},
+        {"n-heads", &ModelSpec::n_heads},   {"ffn-dim", &ModelSpec::ffn_dim},
+        {"vocab-size", &ModelSpec::vocab_size}, {"seq-len", &ModelSpec::seq_len},
+    };
+    for (const auto& [name, field] : kFields)
+        REQUIRE(found.*field == expected.*field, "%s: checkpoint of another model: its %s is %d, this run's is %d",
+                whose.c_str(), name, found.*field, expected.*field);
+}
+
 CheckpointInfo load_checkpoint_info(const std::string& path) { return read_header(path).info; }
 
 Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model) {
-    Held everything{.pieces = {}, .elements = list.flat_elements, .unit_offsets = {}, .rest_offset = list.cleared_from};
-    for (size_t i = 0; i < list.all.size(); ++i)
-        everything.pieces.push_back({.parameter = int(i), .first = 0, .count = list.all[i].padded_count(), .offset = list.all[i].offset});
-    return load_checkpoint(path, list, model, everything);
+    return load_checkpoint(path, list, model, everything(list));
 }
 
 Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, const ModelSpec& model, const Held& held) {
-    const Header header = read_header(path);
-    require_same_model(path, header.info.model, model);
+    const CheckpointHeader header = read_header(path);
+    require_same_model("--resume " + path, header.info.model, model);
     Checkpoint c{.info = header.info, .state = {}};
     read_parts(path + "/" + kParamsFile, list, held, {{"", &c.state.params}});
     read_parts(path + "/" + kAdamFile, list, held, {{"adam.m.", &c.state.m}, {"adam.v.", &c.state.v}});
@@ -508,7 +462,9 @@ Checkpoint load_checkpoint(const std::string& path, const ParameterList& list, c
     return c;
 }
 
-std::vector<float> load_params_only(const std::string& path, const ParameterList& list) {
+std::vector<float> load_params_only(const std::string& path, const ParameterList& list) { return load_params_only(path, list, everything(list)); }
+
+std::vector<float> load_params_only(const std::string& path, const ParameterList& list, const Held& held) {
     const SafetensorsReader reader(find_params_file(path));
     const std::string prefix = "transformer.";
     std::map<std::string, const TensorEntry*> by_name;
@@ -523,17 +479,19 @@ std::vector<float> load_params_only(const std::string& path, const ParameterList
         REQUIRE(by_name.emplace(name, &tensor).second, "%s: tensor %s: is there with and without \"%s\"",
                 reader.path().c_str(), name.c_str(), prefix.c_str());
     }
-    std::vector<float> params(size_t(list.flat_elements), 0.0f);
+    std::vector<float> params(size_t(held.elements), 0.0f);
+    std::vector<const TensorEntry*> tensors;
     for (const Parameter& p : list.all) {
         const auto found = by_name.find(p.name);
         REQUIRE(found != by_name.end(), "%s: tensor %s: is missing; expected shape %s", reader.path().c_str(), p.name.c_str(),
                 format_shape(file_shape(p)).c_str());
-        read_tensor(reader, *found->second, p, params.data() + p.offset);
+        tensors.push_back(found->second);
         if (head && &p == &list[list.wte]) require_tied(reader, *head, *found->second);
         by_name.erase(found);
     }
     for (const auto& [name, tensor] : by_name)
         throw Error(message("%s: tensor %s of shape %s: this model has none of that name", reader.path().c_str(),
                             tensor->name.c_str(), format_shape(tensor->shape).c_str()));
+    for (const HeldPiece& piece : held.pieces) read_piece(reader, *tensors[size_t(piece.parameter)], list[piece.parameter], piece, params.data());
     return params;
 }

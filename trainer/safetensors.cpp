@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/common/check.h"
+#include "trainer/checksum.h"
 
 namespace {
 
@@ -178,14 +179,14 @@ void SafetensorsReader::read(const TensorEntry& tensor, float* out) const {
 // Writer
 
 SafetensorsWriter::SafetensorsWriter(std::string path, const std::vector<std::pair<std::string, Shape>>& tensors, Share share)
-    : path_(std::move(path)), share_(share) {
+    : path_(std::move(path)), share_(share), checksums_(tensors.size()) {
     OrderedJson header;
     header["__metadata__"]["format"] = "pt";  // transformers refuses files that don't say it
     for (const auto& [name, shape] : tensors) {
         int64_t count = 1;
         for (const int64_t size : shape) count *= size;
         const uint64_t begin = uint64_t(elements_) * sizeof(float), end = begin + uint64_t(count) * sizeof(float);
-        REQUIRE(places_.emplace(name, Place{count, begin}).second, "%s: tensor %s: is listed twice", path_.c_str(), name.c_str());
+        REQUIRE(places_.emplace(name, Place{count, begin, names_.size()}).second, "%s: tensor %s: is listed twice", path_.c_str(), name.c_str());
         header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {begin, end}}};
         names_.push_back(name);
         elements_ += count;
@@ -233,6 +234,7 @@ void SafetensorsWriter::write(const std::string& name, int64_t first, std::span<
             (long long)first + (long long)values.size(), (long long)place.count);
     write_at(place.offset + uint64_t(first) * sizeof(float), values.data(), values.size_bytes());
     written_ += int64_t(values.size());
+    checksums_[place.number] += checksum(values, first);
 }
 
 void SafetensorsWriter::append(const std::string& name, std::span<const float> values) {
@@ -250,6 +252,8 @@ void SafetensorsWriter::sync_and_close() {
     const int status = close(std::exchange(file_, -1));
     REQUIRE(status == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
 }
+
+std::vector<uint64_t> SafetensorsWriter::checksums() const { return {checksums_.begin(), checksums_.end()}; }
 
 int64_t SafetensorsWriter::end_part() {
     sync_and_close();

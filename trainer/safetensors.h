@@ -7,6 +7,7 @@
 #include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,8 @@ class SafetensorsReader {
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
     std::span<const std::byte> bytes(const TensorEntry& tensor) const;
+    // The JSON text with its length in front, as in the file.
+    std::string_view header() const { return {reinterpret_cast<const char*>(map_), data_offset_}; }
     void read(const TensorEntry& tensor, float* out) const;  // F32 or BF16, else Error; all of count() elements
 
   private:
@@ -67,11 +70,14 @@ class SafetensorsWriter {
     // Of a shared file: syncs, and returns the elements written here. PATH.tmp is renamed by whoever knows that all have.
     int64_t end_part();
     uint64_t file_bytes() const { return file_bytes_; }
+    // Of each tensor of the list, over what was written here (trainer/checksum.h).
+    std::vector<uint64_t> checksums() const;
 
   private:
     struct Place {
         int64_t count;
         uint64_t offset;  // in the file
+        size_t number;    // in the list
     };
     void write_at(uint64_t offset, const void* data, size_t bytes);
     std::string temporary() const { return path_ + ".tmp"; }
@@ -84,6 +90,7 @@ class SafetensorsWriter {
     size_t next_ = 0;
     int64_t elements_ = 0;
     std::atomic<int64_t> written_ = 0;
+    std::vector<std::atomic<uint64_t>> checksums_;
     uint64_t file_bytes_ = 0;
     int file_ = -1;
     bool published_ = false;

@@ -1,5 +1,6 @@
 // checkpoint.json beside good tensors: whatever it says, loading ends with a checkpoint or one Error.
-// With --write-seed=FILE the good one is written there first: its sizes belong to the tensors as this program writes them.
+// With --write-seed=FILE the good one is written there first, and to FILE_older one without checksums: sizes and sums belong to
+// the tensors as this program writes them.
 #include <filesystem>
 
 #include "kernels/common/check.h"
@@ -31,7 +32,11 @@ class CheckpointFolder {
             FUZZ_CHECK(checkpoint.state.step >= 0 && checkpoint.state.adam_t >= 0);
         } catch (const Error&) {
         }
-        find_latest(folder_ / "run");  // passes over what is damaged, never throws for it
+        try {
+            verify_checkpoint(path_, CheckpointFiles::all);
+        } catch (const Error&) {
+        }
+        find_latest_intact(folder_ / "run");  // passes over what is damaged, never throws for it
     }
 
   private:
@@ -52,7 +57,10 @@ extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
     const std::string flag = "--write-seed=";
     for (int i = 1; i < *argc; ++i) {
         const std::string word = (*argv)[i];
-        if (word.starts_with(flag)) write_file(word.substr(flag.size()), checkpoint_folder().good());
+        if (!word.starts_with(flag)) continue;
+        const std::string& good = checkpoint_folder().good();
+        write_file(word.substr(flag.size()), good);
+        write_file(word.substr(flag.size()) + "_older", good.substr(0, good.find(",\n  \"checksums\"")) + "\n}");
     }
     return 0;
 }

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "tests/host/temp_folder.h"
+#include "trainer/checksum.h"
 #include "trainer/safetensors.h"
 
 namespace {
@@ -277,11 +278,13 @@ TEST(Checkpoint, FilesDoNotDependOnTheNumberOfRanks) {
         std::vector<TrainState> states;
         for (int r = 0; r < slices; ++r) states.push_back(load_checkpoint(whole, list, run.model, held_by(list, r, slices)).state);
         begin_checkpoint(out, list, 1);
-        int64_t elements = 0;
+        WrittenPart written;
         for (int rank = slices * replicas - 1; rank >= 0; --rank)
-            elements += write_part(out, list, held_by(list, rank % slices, slices),
-                                   {.replica = rank / slices, .replicas = replicas, .rank = rank, .ranks = slices * replicas}, states[size_t(rank % slices)]);
-        const std::string path = complete_checkpoint(out, run.info, list, states[0], elements);
+            written += parse_part(format_part(write_part(out, list, held_by(list, rank % slices, slices),
+                                                         {.replica = rank / slices, .replicas = replicas, .rank = rank, .ranks = slices * replicas},
+                                                         states[size_t(rank % slices)])));
+        const std::string path = complete_checkpoint(out, run.info, list, states[0], written);
+        EXPECT_TRUE(verify_checkpoint(path, CheckpointFiles::all));
         for (const char* file : {"/params.safetensors", "/adam.safetensors"}) EXPECT_TRUE(read_file(path + file) == read_file(whole + file)) << slices << " x " << replicas;
         EXPECT_EQ(names_in(out), (Names{"step_000001"}));
         const Checkpoint again = load_checkpoint(path, run.list, run.model);
@@ -298,8 +301,8 @@ TEST(Checkpoint, MissingPartsAreNoticed) {
     const Held held = held_by(list, 0, 2);
     const TrainState state = load_checkpoint(run.save(folder.path(), 1), list, run.model, held).state;
     begin_checkpoint(folder.path(), list, 1);
-    const int64_t elements = write_part(folder.path(), list, held, {.replica = 0, .replicas = 1, .rank = 0, .ranks = 2}, state);
-    const std::string error = error_of([&] { complete_checkpoint(folder.path(), run.info, list, state, elements); });
+    const WrittenPart part = write_part(folder.path(), list, held, {.replica = 0, .replicas = 1, .rank = 0, .ranks = 2}, state);
+    const std::string error = error_of([&] { complete_checkpoint(folder.path(), run.info, list, state, part); });
     EXPECT_NE(error.find("the ranks wrote"), std::string::npos) << error;
     abandon_checkpoint(folder.path(), 1);
     EXPECT_EQ(names_in(folder.path()), (Names{"step_000001"}));
@@ -425,6 +428,7 @@ void rewrite_params(const std::string& path, const TinyRun& run, Change&& change
     }
     writer.publish();
     nlohmann::json info = nlohmann::json::parse(read_file(path + "/checkpoint.json"));
+    info.erase("checksum"), info.erase("checksums");
     info["files"]["params.safetensors"] = fs::file_size(path + "/params.safetensors");
     write_file(path + "/checkpoint.json", info.dump());
 }
@@ -474,6 +478,94 @@ TEST(Checkpoint, DamagedInfoIsAnError) {
     }
     EXPECT_NE(error_of([&] { load_checkpoint(folder / "none", run.list, run.model); }).find("no complete checkpoint"),
               std::string::npos);
+}
+
+TEST(Checkpoint, AnyDamagedByteIsNoticed) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 1);
+    EXPECT_TRUE(verify_checkpoint(path, CheckpointFiles::all));
+    std::mt19937 random(7);
+    for (const std::string name : {"checkpoint.json", "params.safetensors", "adam.safetensors"}) {
+        const std::string file = path + "/" + name, good = read_file(file);
+        std::vector<size_t> places;  // of the text all, of tensors the header and some
+        for (size_t at = 0; at < std::min<size_t>(good.size(), 9000); ++at) places.push_back(at);
+        for (int i = 0; i < 100; ++i) places.push_back(random() % good.size());
+        if (name != "checkpoint.json") std::shuffle(places.begin(), places.end(), random), places.resize(60), places.push_back(good.size() - 1);
+        for (const size_t at : places) {
+            std::string bad = good;
+            bad[at] = char(bad[at] ^ (1 << random() % 8));
+            write_file(file, bad);
+            const std::string error = error_of([&] { verify_checkpoint(path, CheckpointFiles::all); });
+            EXPECT_NE(error.find(name), std::string::npos) << "byte " << at << " of " << name << ": \"" << error << "\"";
+            EXPECT_EQ(error.find('\n'), std::string::npos) << error;
+        }
+        write_file(file, good);
+    }
+    EXPECT_EQ(error_of([&] { verify_checkpoint(path, CheckpointFiles::all); }), "");
+}
+
+TEST(Checkpoint, WithoutChecksumsIsAnOlderOne) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 1), file = path + "/checkpoint.json";
+    nlohmann::json info = nlohmann::json::parse(read_file(file));
+    for (const char* one : {"checksum", "checksums"}) {  // not both: damaged
+        nlohmann::json without = info;
+        without.erase(one);
+        write_file(file, without.dump());
+        EXPECT_NE(error_of([&] { verify_checkpoint(path, CheckpointFiles::all); }).find("damaged"), std::string::npos);
+    }
+    info.erase("checksum"), info.erase("checksums");
+    write_file(file, info.dump());
+    EXPECT_FALSE(verify_checkpoint(path, CheckpointFiles::all));
+    EXPECT_TRUE(same_bits(load_checkpoint(path, run.list, run.model).state.params, run.state.params));
+}
+
+TEST(Checkpoint, TheLatestIntactOneIsFoundAndTheDamagedAreNamed) {
+    const TempFolder folder;
+    TinyRun run;
+    for (const int64_t step : {2, 4, 6, 8}) run.save(folder.path(), step);
+    LatestIntact latest = find_latest_intact(folder.path());
+    EXPECT_EQ(latest.path, folder / "step_000008");
+    EXPECT_TRUE(latest.damaged.empty() && latest.verified);
+    const auto damage = [&](const std::string& name) {
+        std::string bytes = read_file(folder / name);
+        bytes[bytes.size() / 2] ^= 4;
+        write_file(folder / name, bytes);
+    };
+    damage("step_000008/adam.safetensors");
+    damage("step_000006/checkpoint.json");
+    damage("step_000002/params.safetensors");  // older than the one that is found: nobody asks
+    latest = find_latest_intact(folder.path());
+    EXPECT_EQ(latest.path, folder / "step_000004");
+    ASSERT_EQ(latest.damaged.size(), 2u);
+    EXPECT_NE(latest.damaged[0].find("step_000008/adam.safetensors"), std::string::npos) << latest.damaged[0];
+    EXPECT_NE(latest.damaged[1].find("step_000006/checkpoint.json"), std::string::npos) << latest.damaged[1];
+    damage("step_000004/params.safetensors");
+    latest = find_latest_intact(folder.path());
+    EXPECT_EQ(latest.path, "");
+    EXPECT_EQ(latest.damaged.size(), 4u);
+}
+
+TEST(Checksum, PartsAddUpAndPlacesCount) {
+    std::vector<float> values(5000);
+    std::mt19937 random(3);
+    for (float& value : values) value = float(random()) * 1e-9f;
+    const std::span<const float> all(values);
+    const uint64_t whole = checksum(all);
+    for (const size_t cut : {size_t(0), size_t(1), size_t(1023), size_t(1024), size_t(3000), size_t(5000)})
+        EXPECT_EQ(checksum(all.first(cut)) + checksum(all.subspan(cut), int64_t(cut)), whole) << cut;
+    EXPECT_NE(checksum(all, 1), whole);
+    for (const auto& [a, b] : {std::pair(0, 1), std::pair(5, 1029), std::pair(1023, 1024), std::pair(0, 4999)}) {
+        std::swap(values[size_t(a)], values[size_t(b)]);
+        EXPECT_NE(checksum(all), whole) << a << ", " << b;
+        std::swap(values[size_t(a)], values[size_t(b)]);
+    }
+    EXPECT_NE(checksum_of_bytes("abc"), checksum_of_bytes(std::string_view("abc\0", 4)));
+    uint64_t parsed = 0;
+    EXPECT_TRUE(parse_checksum(format_checksum(whole), parsed) && parsed == whole);
+    for (const char* text : {"", "123", "0123456789abcdeg", "-123456789abcdef", "0123456789abcdef0"}) EXPECT_FALSE(parse_checksum(text, parsed)) << text;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

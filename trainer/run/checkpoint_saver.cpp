@@ -111,7 +111,7 @@ CheckpointSaver::Outcome CheckpointSaver::save_part() {
         copied_.get();
         const int replicas = world_.size() / list_.ranks;
         const PartOfRank part{.replica = world_.rank() / list_.ranks, .replicas = replicas, .rank = world_.rank(), .ranks = world_.size()};
-        elements_ = write_part(options_.out, list_, held_, part, state_);
+        part_ = write_part(options_.out, list_, held_, part, state_);
     } catch (const std::exception& error) {
         outcome.problem = error.what();
     }
@@ -120,12 +120,12 @@ CheckpointSaver::Outcome CheckpointSaver::save_part() {
 
 CheckpointSaver::Outcome CheckpointSaver::publish_together(Outcome outcome) {
     outcome.problem = first_problem(outcome.problem);
-    const std::vector<std::string> written = world_.all_texts(std::to_string(elements_));
+    const std::vector<std::string> written = world_.all_texts(format_part(part_));
     std::string problem;
     if (world_.rank() == 0) try {
-        int64_t elements = 0;
-        for (const std::string& text : written) elements += std::stoll(text);
-        if (outcome.problem.empty()) outcome.path = complete_checkpoint(options_.out, info_, list_, state_, elements);
+        WrittenPart whole;
+        for (const std::string& text : written) whole += parse_part(text);
+        if (outcome.problem.empty()) outcome.path = complete_checkpoint(options_.out, info_, list_, state_, whole);
         else abandon_checkpoint(options_.out, state_.step);
         prune_checkpoints(options_.out, options_.keep);
     } catch (const std::exception& error) {

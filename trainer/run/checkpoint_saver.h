@@ -61,7 +61,7 @@ class CheckpointSaver {
     TrainState state_;
     std::shared_ptr<void> pinned_;  // Engine::pin's, of state_
     CheckpointInfo info_;   // of the checkpoint that several ranks are writing
-    int64_t elements_ = 0;  // of it, written here
+    WrittenPart part_;      // of it, written here
     std::future<void> prepared_;
     std::shared_future<void> copied_;
     double start_s_ = 0;
