@@ -41,6 +41,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
     const Validation validation(config);
 
     const std::string tokenizer = tokenizer_name(data.info().tokenizer);
+    require_same_tokenizer({"--val " + config.val, validation.tokenizer()}, {"--train " + config.train, tokenizer});
     const EngineOptions shape = engine_options(config, parallel);
     std::optional<Samples> samples;
     std::optional<Choices> choices;

@@ -93,6 +93,39 @@ def test_checkpoints_do_not_depend_on_the_number_of_ranks():
                     assert results[0][1] == whole
 
 
+def test_damage_in_what_several_ranks_wrote():
+    with Scratch() as out:
+        run = out / "run"
+        train(3, "--steps", "4", "--checkpoint-every", "2", "--keep", "0", "--shard", "full", "--out", str(run))
+        sums = [json.loads((run / f"step_{step:06d}" / "checkpoint.json").read_text())["checksums"] for step in (2, 4)]
+        assert sums[0] != sums[1]
+        for name in ("params.safetensors", "adam.safetensors"):
+            file = run / "step_000004" / name
+            good = file.read_bytes()
+            at = len(good) - 1001
+            file.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1:])
+            lines = own_errors(train(2, "--steps", "6", "--shard", "gradients", "--out", str(run), "--resume", str(run / "step_000004"), ok=False).stderr)
+            assert len(lines) == 1 and str(file) in lines[0], lines
+            copy = shutil.copytree(run, out / "copy")
+            errors = train(2, "--steps", "6", "--shard", "gradients", "--out", str(copy), "--resume", "auto").stderr
+            assert errors.count("passed over a checkpoint") == 1 and f"step_000004/{name}" in errors, errors
+            assert [r["step"] for r in records(copy, "step")] == [1, 2, 3, 4, 5, 6]
+            shutil.rmtree(copy)
+            file.write_bytes(good)
+
+
+def test_weights_of_another_run_on_any_number_of_ranks():
+    with Scratch() as out:
+        train(2, "--steps", "8", "--shard", "full", "--out", str(out / "base"))
+        digests = []
+        for ranks, mode in ((1, "none"), (2, "none"), (3, "full")):
+            folder = out / f"{ranks}-{mode}"
+            train(ranks, "--steps", "2", "--shard", mode, "--init-from", str(out / "base"), "--out", str(folder))
+            digests.append(records(folder, "eval")[0]["loss"])
+        base = [r["loss"] for r in records(out / "base", "eval") if r["step"] == 8]
+        assert digests == base * 3, f"{digests}, not {base}"
+
+
 @contextlib.contextmanager
 def running(ranks, out, *options):
     """A job that would run for ever, past its first checkpoint."""

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```sh ci\n(.*?)^```$", re.M | re.S)
 WRITTEN = {"runs", "shards", "build"}  # of these the scratch folder has its own
 # A newcomer must see each of these work; the README cannot lose one unnoticed.
-SHOWN = ("data/prepare", "--help", "--config", "--resume", "--profile", "--generate", "--verify", "--dry-run", "--sample-every", "--multiple-choice",
+SHOWN = ("data/prepare", "--help", "--config", "--resume", "--init-from", "--profile", "--generate", "--verify", "--dry-run", "--sample-every", "--multiple-choice",
          "make plot")
 
 

@@ -65,6 +65,7 @@ struct Config {
     bool out_is_default = false;  // no option: that happened, and ranks take rank 0's
     int64_t checkpoint_every = 1000;  // steps; 0: only at the end
     int keep = 2;                     // newest checkpoints to keep; 0: all
+    std::string init_from;            // checkpoint or published weights that a new run starts with
     std::string resume;               // folder of a checkpoint, or "auto": the newest in `out`, if there is one
 
     // Logging and tuning

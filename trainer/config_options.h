@@ -76,6 +76,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Files", "out", "folder of log and checkpoints (empty: runs/DATE-TIME-MODEL)"}, c.out);
     visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps, in the background (0: only at the end)"}, c.checkpoint_every);
     visit(OptionInfo{"Files", "keep", "checkpoints to keep, newest first (0: all)"}, c.keep);
+    visit(OptionInfo{"Files", "init-from", "start a new run from the weights of this checkpoint (its folder, or a run's), or from published ones (folder or .safetensors)"}, c.init_from);
     visit(OptionInfo{"Files", "resume", "folder of a checkpoint, or auto: the newest in --out, if any"}, c.resume);
 
     visit(OptionInfo{"Logging and tuning", "log-every", "print a line every so many steps"}, c.log_every);

@@ -103,6 +103,8 @@ void validate_files(const Config& c) {
     REQUIRE(c.keep >= 0, "--keep %d: must be at least 0", c.keep);
     REQUIRE(c.log_every >= 1, "--log-every %lld: must be at least 1", ll(c.log_every));
     REQUIRE(!c.out.empty(), "--out: must not be empty");
+    REQUIRE(c.init_from.empty() || c.resume.empty() || c.resume == "auto", "--init-from %s: --resume %s goes on with weights of its own; give one of the two "
+            "(beside --resume auto, --init-from is for the first start)", c.init_from.c_str(), c.resume.c_str());
 }
 
 struct TextChecker {

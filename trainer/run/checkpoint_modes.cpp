@@ -1,7 +1,6 @@
 #include "trainer/run/checkpoint_modes.h"
 
 #include <cstdio>
-#include <filesystem>
 
 #include "data/printable.h"
 #include "kernels/common/check.h"
@@ -11,18 +10,7 @@
 #include "trainer/run/samples.h"
 #include "trainer/run/start.h"
 
-namespace fs = std::filesystem;
-
 namespace {
-
-// A checkpoint's folder, or the newest one of a run's folder.
-std::string find_checkpoint(const std::string& path, const char* option) {
-    if (fs::exists(fs::path(path) / "checkpoint.json")) return path;
-    REQUIRE(fs::is_directory(path), "%s %s: no such folder", option, path.c_str());
-    const std::string latest = find_latest(path);
-    REQUIRE(!latest.empty(), "%s %s: holds no checkpoint", option, path.c_str());
-    return latest;
-}
 
 // The options with the checkpoint's model and recipe, one micro-batch a step.
 Config of_checkpoint(Config config, const CheckpointInfo& info, int micro_batch) {
@@ -48,6 +36,7 @@ struct Loaded {
 Loaded load(const std::string& where, const char* option, const Config& config, int micro_batch, int logit_rows) {
     const std::string path = find_checkpoint(where, option);
     const CheckpointInfo info = load_checkpoint_info(path);
+    note_unless_verified(path, verify_checkpoint(path, CheckpointFiles::params));
     const Config own = of_checkpoint(config, info, micro_batch);
     EngineOptions shape = engine_options(own);
     shape.logit_rows = logit_rows;
@@ -85,7 +74,9 @@ void evaluate_checkpoint(const Config& config) {
     if (!config.val.empty()) {
         REQUIRE(config.eval_tokens >= model.shape.seq_len, "--eval-tokens %lld: must be at least a sequence of the checkpoint's model, %d",
                 (long long)config.eval_tokens, model.shape.seq_len);
-        const Validation::Result result = Validation(model.config).run(*model.engine, *model.shape.parallel.world);
+        const Validation validation(model.config);
+        require_same_tokenizer({"--val " + config.val, validation.tokenizer()}, {"--evaluate " + model.path, model.info.tokenizer});
+        const Validation::Result result = validation.run(*model.engine, *model.shape.parallel.world);
         std::printf("val loss %.4f | %lld tokens\n", result.loss, (long long)result.tokens);
     }
     if (config.multiple_choice.empty()) return;

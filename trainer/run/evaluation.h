@@ -12,6 +12,8 @@ class Validation {
     explicit Validation(const Config& config);
     explicit operator bool() const { return loader_ != nullptr; }  // false: no --val, or --eval-every 0
 
+    std::string tokenizer() const { return tokenizer_name(loader_ ? loader_->info().tokenizer : TokenizerId::unknown); }  // of the data
+
     struct Result {
         double loss;  // mean of a token
         int64_t tokens;

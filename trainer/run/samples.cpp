@@ -9,6 +9,12 @@ std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config&
     return make_tokenizer(name, config.gpt2_ranks.empty() ? kGpt2Ranks : config.gpt2_ranks);
 }
 
+void require_same_tokenizer(const TokenizerOf& a, const TokenizerOf& b) {
+    const std::string unknown = tokenizer_name(TokenizerId::unknown);
+    REQUIRE(a.name == b.name || a.name == unknown || b.name == unknown, "%s: of tokenizer %s, but %s is of tokenizer %s: the same numbers are other texts there",
+            a.whose.c_str(), a.name.c_str(), b.whose.c_str(), b.name.c_str());
+}
+
 Samples::Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer)
     : config_(config), shape_(shape), tokenizer_(std::move(tokenizer)), prompt_{int(tokenizer_->end_of_text())} {
     REQUIRE(int(tokenizer_->vocab_size()) <= shape_.model.vocab_size, "tokenizer %s has %u tokens, the model %d", tokenizer_->name(),

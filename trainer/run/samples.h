@@ -11,6 +11,12 @@
 #include "trainer/engine.h"
 
 // The tokenizer of that name (token_file.h), for text in and out. `option` is what needs it, for the Error when it is unknown.
+// An Error that names both, unless their tokenizers are the same or one is not known.
+struct TokenizerOf {
+    std::string whose, name;  // of data or a checkpoint
+};
+void require_same_tokenizer(const TokenizerOf& a, const TokenizerOf& b);
+
 std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config& config, const char* option);
 
 class Samples {

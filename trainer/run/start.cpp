@@ -11,6 +11,7 @@
 #include "kernels/common/cuda_check.h"
 #include "trainer/gpu_info.h"
 #include "trainer/run/micro_batch.h"
+#include "trainer/run/samples.h"
 
 namespace fs = std::filesystem;
 using ll = long long;
@@ -112,25 +113,73 @@ void require_same_data_order(const Config& config, const Checkpoint& checkpoint,
             ll(config.global_batch_tokens), path.c_str(), ll(info.tokens_per_step));
     REQUIRE(info.samples_per_epoch == train.samples_per_epoch(), "--train %s: has %lld samples an epoch; checkpoint %s was trained on other data, with %lld",
             config.train.c_str(), ll(train.samples_per_epoch()), path.c_str(), ll(info.samples_per_epoch));
+    require_same_tokenizer({"--train " + config.train, tokenizer_name(train.info().tokenizer)}, {"checkpoint " + path, info.tokenizer});
     REQUIRE(checkpoint.state.step < config.steps, "--steps %lld: checkpoint %s has finished %lld steps: nothing to do", ll(config.steps), path.c_str(),
             ll(checkpoint.state.step));
 }
 
+// The folder to resume from, read through; "" if --resume auto finds none.
+std::string intact_checkpoint(const Config& config) {
+    if (config.resume != "auto") {
+        note_unless_verified(config.resume, verify_checkpoint(config.resume, CheckpointFiles::all));
+        return config.resume;
+    }
+    const LatestIntact latest = find_latest_intact(config.out);
+    REQUIRE(!latest.path.empty() || latest.damaged.empty(), "--resume auto: %s holds no checkpoint that is intact: %s; remove it to begin anew", config.out.c_str(),
+            latest.damaged.front().c_str());
+    for (const std::string& problem : latest.damaged) std::fprintf(stderr, "note: passed over a checkpoint: %s\n", problem.c_str());
+    note_unless_verified(latest.path, latest.verified);
+    return latest.path;
+}
+
+// Published weights say nothing of themselves: the shapes of their tensors must do.
+std::string checked_weights(const Config& config, const DataLoader& train) {
+    const std::string& where = config.init_from;
+    REQUIRE(fs::exists(where), "--init-from %s: no such folder or file", where.c_str());
+    const bool published = fs::is_regular_file(where) || (fs::exists(fs::path(where) / "model.safetensors") && !fs::exists(fs::path(where) / "checkpoint.json"));
+    if (published) return where;
+    const std::string path = find_checkpoint(where, "--init-from");
+    const CheckpointInfo info = load_checkpoint_info(path);
+    require_same_model("--init-from " + path, info.model, config.model_spec());
+    require_same_tokenizer({"--train " + config.train, tokenizer_name(train.info().tokenizer)}, {"--init-from " + path, info.tokenizer});
+    note_unless_verified(path, verify_checkpoint(path, CheckpointFiles::params));
+    return path;
+}
+
+// Step 0, with no moments and a schedule of its own.
+StartPoint fresh_start(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world) {
+    if (config.init_from.empty()) return {initial_state(list, config.model_spec(), config.seed, held), "", "", ""};
+    const std::string weights = world.all_texts(world.rank() == 0 ? checked_weights(config, train) : "")[0];
+    return {{.params = load_params_only(weights, list, held), .m = {}, .v = {}}, "", weights, ""};
+}
+
 }  // namespace
+
+std::string find_checkpoint(const std::string& path, const char* option) {
+    if (fs::exists(fs::path(path) / "checkpoint.json")) return path;
+    REQUIRE(fs::is_directory(path), "%s %s: no such folder", option, path.c_str());
+    const std::string latest = find_latest(path);
+    REQUIRE(!latest.empty(), "%s %s: holds no checkpoint", option, path.c_str());
+    return latest;
+}
+
+void note_unless_verified(const std::string& path, bool verified) {
+    if (!verified) std::fprintf(stderr, "note: %s is of an older program and holds no checksums: damage in it would not be noticed\n", path.c_str());
+}
 
 StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world) {
     std::string path = config.resume;
-    if (path == "auto") path = world.all_texts(world.rank() == 0 ? find_latest(config.out) : "")[0];
+    if (!path.empty()) path = world.all_texts(world.rank() == 0 ? intact_checkpoint(config) : "")[0];
     require_own_folder(config, path);
     world.all_texts("");  // before rank 0 begins a log there
-    if (path.empty()) return {initial_state(list, config.model_spec(), config.seed, held), "", ""};
+    if (path.empty()) return fresh_start(config, list, held, train, world);
     Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec(), held);
     require_same_data_order(config, checkpoint, path, train);
     if (checkpoint.info.recipe != config.recipe)
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
     world.require_agreement({{"a checkpoint of step", std::to_string(checkpoint.state.step)}});
     note_other_micro_batch(config, path, checkpoint.info.config_toml);
-    return {std::move(checkpoint.state), path, checkpoint.info.gemm_choices};
+    return {std::move(checkpoint.state), path, "", checkpoint.info.gemm_choices};
 }
 
 CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train) {
@@ -204,7 +253,8 @@ void print_start(const Started& s) {
     for (std::string line; std::getline(lines, line);)
         if (!line.empty()) std::printf("  %s\n", line.c_str());
     std::printf("memory\n%s", format_memory_table(engine.memory_table()).c_str());
-    if (start.resumed_from.empty()) std::printf("start   random weights, seed %llu\n", (unsigned long long)config.seed);
+    if (!start.weights_from.empty()) std::printf("start   weights of %s\n", start.weights_from.c_str());
+    else if (start.resumed_from.empty()) std::printf("start   random weights, seed %llu\n", (unsigned long long)config.seed);
     else std::printf("start   step %lld of %s\n", ll(start.state.step), start.resumed_from.c_str());
     std::fflush(stdout);
 }

@@ -24,11 +24,17 @@ DataLoader training_data(const Config& config);
 struct StartPoint {
     TrainState state;
     std::string resumed_from;  // folder, "" for a fresh start
+    std::string weights_from;  // of a fresh start: "" for random ones
     std::string gemm_choices;  // of the run that is resumed
 };
 
-// Initial weights, or the checkpoint of --resume. An Error if it belongs to a run that this one would not continue, or
-// if --out is the folder of another run.
+// A checkpoint's folder, or the newest one of a run's folder.
+std::string find_checkpoint(const std::string& path, const char* option);
+// One line for a checkpoint without checksums (verify_checkpoint's answer).
+void note_unless_verified(const std::string& path, bool verified);
+
+// Initial weights, those of --init-from, or the checkpoint of --resume. An Error if it is damaged, or belongs to a run that this
+// one would not continue, or if --out is the folder of another run. --resume auto passes over damaged ones, and says so.
 // All ranks call it; each gets what it holds, and all the same step.
 StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world);
 
