@@ -71,6 +71,7 @@ std::vector<nlohmann::json> run(const Config& config, const std::function<float(
     const ParameterList list = make_parameters(config.model_spec());
     const Held held = held_by(list, 0, 1);
     World world(Launch{}, 1);
+    const Parallel parallel;
     MadeUpLosses engine(loss, list.flat_elements);
     const DataLoader data({.shards = {config.train}, .seq_len = 16, .samples_per_step = 1});
     const Validation validation(config);
@@ -78,7 +79,7 @@ std::vector<nlohmann::json> run(const Config& config, const std::function<float(
     RunLog log({.out = config.out, .total_steps = config.steps, .log_every = config.log_every}, {});
     TrainState state;
     TrainingLoop({.config = config, .engine = engine, .list = list, .train = data, .validation = validation, .log = log, .choices = nullptr, .samples = nullptr,
-                  .profile = profile, .state = state, .world = world, .held = held}).run();
+                  .profile = profile, .state = state, .world = world, .held = held, .parallel = parallel}).run();
     std::vector<nlohmann::json> steps;
     std::istringstream lines(read_file(config.out + "/log.jsonl"));
     for (std::string line; std::getline(lines, line);) {
