@@ -24,6 +24,7 @@
 
 namespace {
 
+constexpr int kNoGpu = 77;  // status of a dev program
 constexpr int kSteps = 4, kMicroBatches = 8, kVocabulary = 257, kSequence = 64, kSequences = 2;  // of a micro-batch
 
 // Ranks meet once a process, and each takes its GPU.
@@ -384,11 +385,25 @@ void checks(Report& report) {
                 if (several && mixed) check_skipping(report, c, alone);
             }
     communicators().clear();
-    world().finish();
+}
+
+// An error of one rank alone would leave the others waiting in a collective.
+void checks_together(Report& report) {
+    try {
+        checks(report);
+    } catch (const std::exception& error) {
+        if (world().alone()) throw;
+        world().fail(error);
+    }
 }
 
 void no_benches(Report&) {}  // speeds: tests/gpu/multi_gpu.py
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_dev_program(argc, argv, "sharding", checks, no_benches); }
+// Ranks leave together: whoever left before would count as dead, and end the job before its last lines.
+int main(int argc, char** argv) {
+    const int status = run_dev_program(argc, argv, "sharding", checks_together, no_benches);
+    if (status != kNoGpu) world().finish();
+    return status;
+}

@@ -290,6 +290,13 @@ def test_verify_and_dry_run():
     done = train("--dry-run", "--model", "gpt2-1558M", "--micro-batch", "16")
     for part in ("1557611200 parameters", "master weights (FP32)", "mlp.c_fc (6400 x 1600, 48 blocks)", "FP8", "a step,"):
         assert part in done.stdout, f"{part}: {done.stdout}"
+    big = ["--dry-run", "--model", "gpt2-1558M", "--micro-batch", "16", "--device", "auto"]
+    four = {mode: subprocess.run([str(program()), *big, "--shard", mode], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                                 env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"}).stdout for mode in ("none", "full")}  # as a launcher would start them
+    assert "NCCL's buffers" in four["none"] and "gathered weights" not in four["none"] and "4 groups of 1" in four["none"], four["none"]
+    assert "gathered weights" in four["full"] and "1 groups of 4" in four["full"], four["full"]
+    other = subprocess.run([str(program()), *big], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1", "WORLD_SIZE": "4"})
+    assert other.returncode == 0 and other.stdout == "", other.stdout  # one rank tells
     done = train(*TINY, "--dry-run")
     assert "measured on one micro-batch" in done.stdout and "tokens in 1 shards" in done.stdout, done.stdout
 
