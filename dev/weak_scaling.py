@@ -31,7 +31,7 @@ Efficiency is against one GPU that holds everything: above 100 % where the share
 
 Memory is masters and moments (12 bytes a parameter of the shard), gradients (4 bytes: of the shard and two units for full, of all
 otherwise), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
-and 2.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
+and 2.5 to 3.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
 
 Measured: MFU, copy speed, collectives. Assumed: the hops (NCCL's own constants), 0.85, the same MFU for larger shapes, no stragglers, no
 congestion. Where tokens a GPU are few, MFU is not what was measured with many.
@@ -61,7 +61,7 @@ NODE = 8                     # GPUs
 LINK, LINK_SHARE = 50e9, 0.85  # 400 Gb/s, and what a collective gets of it
 HOP_INSIDE, HOP_BETWEEN = 3.4e-6, 14e-6  # a ring's step in NCCL's tuning, Simple protocol: NVLink, network
 SMS = 132
-OTHER_GIB = 2.5              # context, library workspaces, logits
+OTHER_GIB, NCCL_GIB = 2.5, 1.0  # scratch, library workspaces, logits; NCCL's buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,7 @@ def memory_gib(s):
         held = shape.parameters / ranks * 4 + bodies / ranks * s.weight_bytes + shape.embeddings / ranks * 2 + buffers
     else:
         held = shape.parameters * 4 + bodies * 2 + shape.embeddings * 2
-    return (state + held + saved) / 2**30 + OTHER_GIB
+    return (state + held + saved) / 2**30 + OTHER_GIB + (NCCL_GIB if s.gpus > 1 else 0)
 
 
 def alone(s):

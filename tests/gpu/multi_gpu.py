@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -39,19 +40,26 @@ STEP_TOKENS = 524288  # of all GPUs
 FEW_TOKENS = 8192     # of a GPU and step, the hard case
 BARS = {"none": 0.97, "optimizer": 0.97, "full": 0.93}  # share of one GPU's speed, 1558M
 MOST_EXPOSED = 0.25
+RESERVE_GIB = 3
 WARM_UP = 2           # steps
 TRACED, MEASURED = 1, 3  # then; where steps are short, TRACED_SHORT and MEASURED_SHORT
 TRACED_SHORT, MEASURED_SHORT = 4, 8
 NO_GPUS = 77
 
 
+def fits(runs, model, recipe, micro_batch, mode, ranks):
+    """Does --dry-run leave RESERVE_GIB of the GPU, for CUDA's context and CUPTI's buffers?"""
+    plan = subprocess.run([str(program()), *MODELS[model], "--device", "gpu", "--recipe", recipe, "--micro-batch", str(micro_batch), "--shard", mode, "--dry-run"],
+                          env=environment(RANK="0", WORLD_SIZE=str(ranks)), capture_output=True, text=True)
+    device = re.search(r"^memory  of .*, ([\d.]+) GiB", plan.stdout, re.M)
+    return plan.returncode == 0 and device is not None and memory_gib(plan.stdout) + RESERVE_GIB <= float(device[1])
+
+
 def fitting_micro_batch(runs, model):
-    """The largest of MICRO_BATCH, halved, at which one GPU holds the model in both recipes (shards of it need less)."""
+    """MICRO_BATCH, halved until every mode fits in both recipes: all rows of a model have the same."""
     micro_batch = MICRO_BATCH[model]
     while not runs.a.rehearse and micro_batch > 1:
-        plans = [subprocess.run([str(program()), *MODELS[model], "--recipe", recipe, "--micro-batch", str(micro_batch), "--dry-run"], capture_output=True, text=True)
-                 for recipe in ("bf16", "tensorwise")]
-        if all(plan.returncode == 0 and "does not fit" not in plan.stdout for plan in plans):
+        if all(fits(runs, model, recipe, micro_batch, mode, runs.a.ranks) for recipe in ("bf16", "tensorwise") for mode in BARS):
             break
         micro_batch //= 2
     return micro_batch
@@ -148,7 +156,7 @@ class Gathered:
         bytes_of = {}
         for recipe in ("bf16", "tensorwise"):
             gathered = []
-            for layers in (2, 3):
+            for layers in (6, 7):  # so many that what is still there from the pass before is the same of both
                 out, _, _ = runs.until_last_step(runs.a.ranks, *model, "--n-layers", layers, "--recipe", recipe, "--micro-batch", 4, "--global-batch-tokens",
                                                  8 * (64 if runs.a.rehearse else 1024) * runs.a.ranks, "--steps", 2, "--eval-every", 0, "--checkpoint-every", 0, "--shard", self.mode)
                 gathered.append(gathered_bytes(out))

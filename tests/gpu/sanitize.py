@@ -23,10 +23,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels; ours are racechecked by their own programs",
-            **{(tool, "collectives"): "runs NCCL's kernels and none of ours, and does not end under it" for tool in ("initcheck", "racecheck")}}
+            **{(tool, "collectives"): "runs NCCL's kernels and none of ours, and does not end under it" for tool in ("initcheck", "racecheck")},
+            **{(tool, "sharding"): "runs NCCL's kernels, under which it does not end; ours are judged by engines and their own programs" for tool in ("initcheck", "racecheck")}}
 # What a library asks of the driver while it finds out what it can use, which memcheck reports as errors of CUDA's API. Our own calls
 # are all checked, and accesses of memory are reported in any case.
-API_ERRORS = {"collectives": "NCCL asks for kernels that it has for other GPUs only"}
+API_ERRORS = {program: "NCCL asks for kernels that it has for other GPUs only" for program in ("collectives", "sharding")}
 SLOWEST = ("engines", "attention", "layernorm", "embedding", "gemm", "quantize")
 OTHER_TOOLS = "; memcheck, initcheck and synccheck cover these kernels"
 # (tool, program): the part of mangled kernel names that the tool is told to leave out, which may be that of a file, and of

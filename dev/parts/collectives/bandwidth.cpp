@@ -109,6 +109,15 @@ double microseconds_on_stream(World& world, CopyGather& gather, int64_t slice) {
     return double(times[3]) * 1e3 / kCalls;
 }
 
+// What a graph cannot hold is no reason to end: the rest is measured all the same.
+void bench_graph(Report& report, World& world, Table& table, const Report::Bench& what, CopyGather& gather, int64_t slice, int mebibytes) {
+    try {
+        table.add("all_gather", gather.name(), mebibytes, timed(report, world, what, [&](int, cudaStream_t s) { gather.run(slice, s); }));
+    } catch (const Error& error) {
+        report.skip("all_gather in a graph", gather.name(), error.what());
+    }
+}
+
 void bench_copies(Report& report, World& world, Table& table) {
     for (size_t i = 0; i < std::size(kCopyGathers); ++i) {
         std::string obstacle;
@@ -123,7 +132,7 @@ void bench_copies(Report& report, World& world, Table& table) {
             const double on_stream = microseconds_on_stream(world, *gather, slice);
             table.add("all_gather", message("%s, eager", gather->name()), size, on_stream);
             report.expect("all_gather eager", what.shape, on_stream > 0, message("%.1f us", on_stream));
-            if (kCopyGathers[i] != flagged_copy_gather) table.add("all_gather", gather->name(), size, timed(report, world, what, [&](int, cudaStream_t s) { gather->run(slice, s); }));
+            if (kCopyGathers[i] != flagged_copy_gather) bench_graph(report, world, table, what, *gather, slice, size);
         }
     }
 }
@@ -192,9 +201,36 @@ void bench_beside(Report& report, World& world) {
     }
     for (const Make make : {nccl_copy_gather, peer_copy_gather}) {
         std::string obstacle;
-        if (const std::unique_ptr<CopyGather> gather = make(world, bytes, obstacle))
+        const std::unique_ptr<CopyGather> gather = make(world, bytes, obstacle);
+        if (!gather) continue;  // bench_copies has said why
+        try {
             beside.measure("all_gather", gather->name(), [&](cudaStream_t s) { gather->run(bytes / world.size(), s); });
+        } catch (const Error& error) {
+            report.skip("compute taken by all_gather", gather->name(), error.what());
+        }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks
+
+constexpr int64_t kCheckedBytes = 1 << 24;
+
+// Eagerly, or from a graph.
+void check_copy_gather(Report& report, World& world, CopyGather& gather, int turn, CudaGraph* graph, const Streams& streams) {
+    const int64_t slice = kCheckedBytes / world.size() / 512 * 512, mine_at = slice * world.rank();
+    std::vector<uint8_t> all(size_t(slice * world.size())), mine(all.size(), 0xee), got(all.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = uint8_t(i * 31 + i / size_t(slice) + size_t(turn));
+    std::copy_n(all.begin() + mine_at, slice, mine.begin() + mine_at);
+    CUDA_CHECK(cudaMemcpy(gather.data(), mine.data(), mine.size(), cudaMemcpyHostToDevice));
+    world.all_texts("");  // nobody's slice arrives before this
+    const auto run = [&] { gather.run(slice, streams.compute); };
+    graph ? graph->run(true, streams.compute, run) : run();
+    CUDA_CHECK(cudaStreamSynchronize(streams.compute));
+    if (!gather.gathers()) world.all_texts("");
+    CUDA_CHECK(cudaMemcpy(got.data(), gather.data(), got.size(), cudaMemcpyDeviceToHost));
+    report.compare_bits(message("all_gather, %s, turn %d%s", gather.name(), turn, graph ? ", graph" : ""), message("%lld x %d ranks", (long long)slice, world.size()), got, all);
+    world.all_texts("");  // nor is anybody's overwritten before it was compared
 }
 
 }  // namespace
@@ -202,27 +238,17 @@ void bench_beside(Report& report, World& world) {
 void check_copy_gathers(Report& report, World& world) {
     for (size_t k = 0; k < std::size(kCopyGathers); ++k) {
         std::string obstacle;
-        const std::unique_ptr<CopyGather> gather = kCopyGathers[k](world, 1 << 24, obstacle);
+        const std::unique_ptr<CopyGather> gather = kCopyGathers[k](world, kCheckedBytes, obstacle);
         if (!gather) {
             report.skip("all_gather", kCopyNames[k], obstacle);
             continue;
         }
         const Streams streams;
         CudaGraph graph;
-        int64_t slice = (1 << 24) / world.size() / 512 * 512;
-        for (int turn = 0; turn < 4; ++turn) {  // eager, then from a graph where it can be
-            std::vector<uint8_t> all(size_t(slice * world.size())), mine(all.size(), 0xee);
-            for (size_t i = 0; i < all.size(); ++i) all[i] = uint8_t(i * 31 + i / size_t(slice) + size_t(turn));
-            std::copy_n(all.begin() + slice * world.rank(), slice, mine.begin() + slice * world.rank());
-            CUDA_CHECK(cudaMemcpy(gather->data(), mine.data(), mine.size(), cudaMemcpyHostToDevice));
-            world.all_texts("");  // nobody's slice arrives before this
-            graph.run(turn > 0 && kCopyGathers[k] != flagged_copy_gather, streams.compute, [&] { gather->run(slice, streams.compute); });
-            CUDA_CHECK(cudaStreamSynchronize(streams.compute));
-            if (!gather->gathers()) world.all_texts("");
-            std::vector<uint8_t> got(all.size());
-            CUDA_CHECK(cudaMemcpy(got.data(), gather->data(), got.size(), cudaMemcpyDeviceToHost));
-            report.compare_bits(message("all_gather, %s, turn %d", gather->name(), turn), message("%lld x %d ranks", (long long)slice, world.size()), got, all);
-            world.all_texts("");  // nor is anybody's overwritten before it was compared
+        try {
+            for (int turn = 0; turn < 4; ++turn) check_copy_gather(report, world, *gather, turn, turn > 1 && kCopyGathers[k] != flagged_copy_gather ? &graph : nullptr, streams);
+        } catch (const Error& error) {  // on every rank, as all did the same
+            report.skip("all_gather in a graph", gather->name(), error.what());
         }
     }
 }
@@ -231,6 +257,6 @@ void bench_bandwidth(Report& report, World& world) {
     Table table(world.size());
     bench_nccl(report, world, table);
     bench_copies(report, world, table);
-    bench_beside(report, world);
     table.print();
+    bench_beside(report, world);
 }
