@@ -20,9 +20,10 @@ One communication stream, in program order; a unit is a block, or embedding and 
 
     optimizer   reduction of each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the
                 blocks below it, in the last micro-batch; gather of each unit behind the next step's first forward
-    full        every micro-batch gathers each unit before its forward and again before its backward, one ahead of it, and scatters its
-                gradients behind the backward of the next; replicas reduce the shards in the last micro-batch
-    exposed     = first gather + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
+    full        every micro-batch gathers each block before its forward and again before its backward, one ahead of it, and scatters its
+                gradients behind the backward of the next; replicas reduce the shards in the last micro-batch. Embedding and head are
+                gathered once a step; their gradients are scattered behind the next micro-batch's forward
+    exposed     = first gathers + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
     SMs taken   = TAKEN x the part of the communication that is hidden: while it runs, compute is that much slower
     kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element), sums of scattered gradients (8 + 4 bytes of the
                 shard, 6 more of the unit where they travel in BF16); a step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
@@ -48,11 +49,13 @@ MFU = {"fp8": 0.726,         # one H100 80GB HBM3: 1558M, micro-batch 16, tensor
        "bf16": 0.533}        #   the same, bf16
 COPY = 3.02e12               # one H100, bytes read and written a second (the copy of tests/gpu_report/quantize.json)
 MEMORY_GIB = 79.0
-# Microseconds of one collective of so many MiB over 2 ranks: two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs.
-GATHER_US = {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}
-SCATTER_US = {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}
-CTAS = 16                    # of a collective, at most (--ctas; the bound that the trainer sets)
-TAKEN = None                 # what `dev/collectives bench` prints as lost of the communication's time; None: not measured, CTAs / 132
+# Microseconds of one collective of so many MiB over 2 ranks (`dev/collectives bench`), by --shard, whose bounds of CTAs differ
+# (trainer/parallel.cpp): two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs in both. Not measured yet: 8 CTAs, for full.
+GATHER_US = {"optimizer": {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}}
+SCATTER_US = {"optimizer": {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}}  # FP32
+GATHER_US["full"], SCATTER_US["full"] = GATHER_US["optimizer"], SCATTER_US["optimizer"]
+CTAS = {"optimizer": 32, "full": 8}
+TAKEN = {"optimizer": None, "full": None}  # what the same bench prints as lost of the communication's time; None: not measured, CTAs / 132
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Assumed
@@ -112,7 +115,6 @@ class Setting:
     gradient_bytes: int = 4
     weight_bytes: int = 1
     links: int = 8             # of a node
-    ctas: int = CTAS
 
     @property
     def ranks(self):           # of a group
@@ -153,12 +155,12 @@ def ring(table, size, ranks, per_node, links):
     return fixed + (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN + (ranks - 1) / ranks * size / speed
 
 
-def reduction(size, ranks, per_node, links):
+def reduction(table, size, ranks, per_node, links):
     if ranks == 1:
         return 0.0
     nodes = ranks // per_node
-    fixed, _ = fitted(SCATTER_US)
-    one_way = ring(SCATTER_US, size, ranks, per_node, links) - fixed
+    fixed, _ = fitted(table)
+    one_way = ring(table, size, ranks, per_node, links) - fixed
     steps = (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN
     tree = per_node * HOP_INSIDE + math.log2(nodes) * HOP_BETWEEN
     return fixed + 2 * (one_way - steps + min(steps, tree))
@@ -176,9 +178,10 @@ def unit_times(s, elements, weight_bytes):
     per_node = min(s.ranks, NODE)
     # Replicas of a group that spans whole nodes have one rank a node each; of a smaller one, 8 / ranks of them share a node.
     replicas_per_node = min(s.replicas, NODE // per_node)
-    return Unit(ring(GATHER_US, elements * weight_bytes, s.ranks, per_node, s.links),
-                ring(SCATTER_US, elements * s.gradient_bytes, s.ranks, per_node, s.links),
-                reduction(elements * 4 / s.ranks, s.replicas, replicas_per_node, s.links))
+    gather, scatter = GATHER_US[s.mode], SCATTER_US[s.mode]
+    return Unit(ring(gather, elements * weight_bytes, s.ranks, per_node, s.links),
+                ring(scatter, elements * s.gradient_bytes, s.ranks, per_node, s.links),
+                reduction(scatter, elements * 4 / s.ranks, s.replicas, replicas_per_node, s.links))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,18 +228,19 @@ def step(s):
     result = Step(compute=k * (L * block + head), kernels=per_step_kernels(s) + k * micro_batch_kernels(s))
     unit, edge = unit_times(s, shape.block, s.weight_bytes), unit_times(s, shape.embeddings, 2)  # embeddings are BF16 always
     if s.mode == "full":
+        result.exposed += edge.gather + unit.gather
         for micro_batch in range(k):
-            replicate = unit.replicate if micro_batch == k - 1 else 0.0
-            result.exposed += edge.gather                                        # the first gather; the head's is the same unit
             result.beside(unit.gather, f, L)
-            result.beside(unit.gather + unit.scatter + replicate, b, L)
-            result.exposed += edge.scatter + (edge.replicate if replicate else 0.0)  # a tied unit is ready last
+            if micro_batch > 0:
+                result.beside(edge.scatter, max(0.0, L * (f - unit.gather)))
+            result.beside(unit.gather + unit.scatter + (unit.replicate if micro_batch == k - 1 else 0.0), b, L)
+        result.exposed += edge.scatter + edge.replicate  # a tied unit is ready last
     else:
         result.beside(unit.scatter + unit.replicate, b, L - 1)
         result.exposed += unit.scatter + unit.replicate + edge.scatter + edge.replicate
         result.exposed += edge.gather
         result.beside(unit.gather, f, L)
-    result.taken = (s.ctas / SMS if TAKEN is None else TAKEN) * result.hidden
+    result.taken = (CTAS[s.mode] / SMS if TAKEN[s.mode] is None else TAKEN[s.mode]) * result.hidden
     return result
 
 
@@ -268,7 +272,7 @@ def rows(a):
                 replicas = gpus // NODE if hybrid else 1
                 if hybrid and replicas == 1:
                     continue
-                yield Setting(shape, gpus, mode, replicas, a.tokens, a.gradient_bytes, a.weight_bytes, a.links, a.ctas)
+                yield Setting(shape, gpus, mode, replicas, a.tokens, a.gradient_bytes, a.weight_bytes, a.links)
 
 
 def main():
@@ -277,12 +281,12 @@ def main():
     parser.add_argument("--gradient-bytes", type=int, default=4, choices=(2, 4), help="--reduce-dtype bf16 or f32")
     parser.add_argument("--weight-bytes", type=int, default=1, choices=(1, 2), help="FP8 or BF16 gather (and compute)")
     parser.add_argument("--links", type=int, default=8, help="400 Gb/s links of a node")
-    parser.add_argument("--ctas", type=int, default=CTAS, help="most CTAs of a collective")
     a = parser.parse_args()
-    for name, table in (("gather", GATHER_US), ("scatter", SCATTER_US)):
+    for name, table in [(f"{name}, {mode}", tables[mode]) for name, tables in (("gather", GATHER_US), ("scatter", SCATTER_US)) for mode in tables]:
         fixed, speed = fitted(table)
-        print(f"{name:8} {fixed * 1e6:.0f} us + bytes at {speed * 1e-9:.0f} GB/s inside a node, {speed_between(NODE, a.links) * 1e-9:.0f} GB/s between nodes")
-    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {MFU['fp8' if a.weight_bytes == 1 else 'bf16']:.1%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
+        print(f"{name:18} {fixed * 1e6:.0f} us + bytes at {speed * 1e-9:.0f} GB/s inside a node, {speed_between(NODE, a.links) * 1e-9:.0f} GB/s between nodes")
+    mfu = MFU["fp8" if a.weight_bytes == 1 else "bf16"]
+    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {mfu:.1%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
     print("model        shard      replicas  GPUs   step ms  exposed ms  taken ms  kernels ms  efficiency  tokens/s a GPU   GiB")
     for s in rows(a):
         t, gib = step(s), memory_gib(s)

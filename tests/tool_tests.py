@@ -135,18 +135,19 @@ def writes_wandb_offline_runs():
 def models_weak_scaling():
     import weak_scaling as model
     shape = {s.name: s for s in model.SHAPES}
-    for table in (model.GATHER_US, model.SCATTER_US):
+    for table in [tables[mode] for tables in (model.GATHER_US, model.SCATTER_US) for mode in ("optimizer", "full")]:
         for mib, us in table.items():
             assert abs(model.ring(table, mib * 2**20, 2, 2, 8) * 1e6 / us - 1) < 0.35, f"the line misses {us} us of {mib} MiB"
 
     def setting(name, gpus, mode, **more):
         return model.Setting(shape[name], gpus, mode, **more)
-    times = [model.ring(model.GATHER_US, 2**20, n, min(n, 8), 8) for n in (2, 8, 16, 128, 1024)]
+    times = [model.ring(model.GATHER_US["full"], 2**20, n, min(n, 8), 8) for n in (2, 8, 16, 128, 1024)]
     assert times == sorted(times) and times[-1] > 40 * times[0], f"a ring's latency grows with its ranks: {times}"
     full, few_links = (model.step(setting("8B", 16, "full", links=links)) for links in (8, 1))
     assert few_links.exposed > 2 * full.exposed, "one link of 400 Gb/s for a node limits"
     assert model.efficiency(setting("gpt2-1558M", 1024, "full", replicas=128)) > 2 * model.efficiency(setting("gpt2-1558M", 1024, "full")), "shards inside a node"
-    assert model.step(setting("8B", 8, "full", ctas=0)).taken == 0 < model.step(setting("8B", 8, "full")).taken
+    full = model.step(setting("8B", 8, "full"))
+    assert full.hidden > full.taken > 0 and full.seconds == full.compute + full.kernels + full.exposed + full.taken
     assert model.memory_gib(setting("8B", 8, "optimizer")) > model.MEMORY_GIB > model.memory_gib(setting("8B", 8, "full"))
     for gpus, mode, planned in ((1, "optimizer", 60.1), (2, "optimizer", 52.4), (2, "full", 48.2), (8, "full", 38.9)):  # by --dry-run
         assert abs(model.memory_gib(setting("gpt2-1558M", gpus, mode)) - planned) < 1.5, f"1558M on {gpus} GPUs, {mode}"
