@@ -3,7 +3,7 @@
 
     export_tensorboard.py --out FOLDER [NAME=]RUN ...        then: tensorboard --logdir FOLDER
 
-A RUN is a run's folder or its log.jsonl. Needs the package tensorboard (pip install tensorboard).
+A RUN is a run's folder or its log.jsonl. Needs the package tensorboard (pip install tensorboard, or pip install --target deps/python tensorboard).
 """
 import argparse
 import sys

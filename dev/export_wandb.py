@@ -3,7 +3,7 @@
 
     export_wandb.py --out FOLDER [--project NAME] [NAME=]RUN ...        then: wandb sync FOLDER/wandb/offline-run-*
 
-A RUN is a run's folder or its log.jsonl. Needs the package wandb (pip install wandb).
+A RUN is a run's folder or its log.jsonl. Needs the package wandb (pip install wandb, or pip install --target deps/python wandb).
 """
 import argparse
 import os

@@ -2,6 +2,11 @@
 import datetime
 import json
 import pathlib
+import sys
+
+# Where `pip install --target deps/python NAME` puts packages that the system lacks.
+PACKAGES = pathlib.Path(__file__).resolve().parent.parent / "deps/python"
+sys.path.append(str(PACKAGES))
 
 
 def log_of(run):

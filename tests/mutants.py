@@ -4,6 +4,7 @@
     mutants.py                     build and run all here; without a GPU those of the kernels are built and skipped
     mutants.py --build-only DIR    build the programs of the kernels' mutants into DIR (stripped, xz)
     mutants.py --run-built DIR     run those, on a machine with a GPU that needs no compiler
+    mutants.py --host              build and run those that need no GPU
     mutants.py --list              what is planted, and which bugs do not apply here
 
 A mutant is killed when its program exits with an error and the named test is among the failures. The unmutated programs
@@ -100,6 +101,19 @@ MUTANTS = [
     Mutant("reference_e5m2_scaled_to_448", "llmq quant.cu: E5M2 is scaled to E4M3's limit",
            "trainer/reference/quantizer.cpp", "double(fp8_max(format)) / clamped", "double(std::min(kE4M3Max, fp8_max(format))) / clamped",
            "tests/host/test_quantizer", "QuantizerAgainstTorch.TensorwiseScalesAndCodes"),
+    Mutant("skipped_steps_recorded", "llm.c: the outlier detector records skipped steps",
+           "trainer/run/training_loop.cpp", "if (!result.skip_update) outliers_.add(", "outliers_.add(",
+           "tests/host/test_training_loop", "TrainingLoop.SkippedStepsAreNoneThatLaterOnesAreComparedWith"),
+    Mutant("gather_does_not_wait_for_the_update", "llm.c train_gpt2.cu: ZeRO-1 all-gather without an event after AdamW",
+           "trainer/sharding_schedule.cpp", "add(Task::gather, kEmbedding, cast);", "add(Task::gather, kEmbedding, cast * 0 + kNothing);",
+           "tests/host/test_sharding_schedule", "ShardingSchedule.NothingIsOverwrittenWhileItIsUsed"),
+    Mutant("backward_does_not_wait_for_the_reduction", "llmq llama_model.cpp: reduce_lse_stats on a side stream without a wait",
+           "trainer/sharding_schedule.cpp", "std::max(gathered, buffer_free)", "(void(buffer_free), gathered)",
+           "tests/host/test_sharding_schedule", "ShardingSchedule.NothingIsOverwrittenWhileItIsUsed"),
+    Mutant("reduction_counts_bytes", "llm.c zero.cuh: an all-reduce of one float is given its bytes, 4, as the count",
+           "trainer/distributed/host_communicator.cpp", "reduce(buffer_.data(), count, size(), element, data);",
+           "reduce(buffer_.data(), bytes, size(), element, data);",
+           "tests/host/test_world", "World.CollectivesAddInTheOrderOfRanks"),
     # ------------------------------------------------------------------------------------------------------------------
     # GPU
     Mutant("clips_by_squared_norm", "llmq global_norm.cu: the clip scale divides by the squared norm",
@@ -166,11 +180,7 @@ MUTANTS = [
 NOT_APPLICABLE = [
     ("llmq adamw.cu: constant seed of the momentum's stochastic rounding", "nothing is rounded stochastically: moments are FP32"),
     ("llmq encoder.cu: stochastic rounding of the embedding gradient disabled", "the embedding gradient is accumulated in FP32"),
-    ("llmq llama_model.cpp: reduce_lse_stats on a side stream without a wait", "one stream runs everything; there are no such statistics"),
     ("llmq kernel_utils.cuh: 8 global atomicMax a block", "costs time, changes no result: no test can fail; block_amax_to_slot does one"),
-    ("llm.c train_gpt2.cu: ZeRO-1 all-gather without an event after AdamW", "one GPU, one stream: there is no all-gather"),
-    ("llm.c zero.cuh: barrier all-reduces 4 floats in a buffer of 1", "one GPU: there is no barrier"),
-    ("llm.c: the outlier detector records skipped steps", "there is no outlier detector; skipped steps are counted apart (dev/engines nonfinite)"),
 ]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,7 +206,7 @@ class Workspace:
     def make(self, program):
         commit = (self.objects / "commit.txt").read_text().strip()
         # Without the folder's name in the hash, ccache knows what another copy compiled.
-        environment = dict(os.environ, CCACHE_NOHASHDIR="1")
+        environment = dict(os.environ, CCACHE_NOHASHDIR="1", MAKEFLAGS="")  # those of `make test` are not for it
         done = subprocess.run(["make", "-s", "-j1", f"BUILD={self.build}", f"COMMIT={commit}", f"{self.build}/{program}"], cwd=self.root,
                               env=environment, capture_output=True, text=True)
         if done.returncode != 0:

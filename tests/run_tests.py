@@ -4,14 +4,17 @@
 Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py, those
 of the report tool of tests/report_tests.py, those of the Python tools of tests/tool_tests.py; tests/readme_tests.py runs the
 commands that README.md shows.
-GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run.
+GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run. Mutants
+of the host's code are planted and must be killed; those of kernels need a GPU and are part of `make gpu-report`.
 """
 import argparse
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import data_tests
 import fuzz_tests
@@ -97,6 +100,18 @@ def tiktoken_test(tally):
     print(f"tokenizer against tiktoken: {'passed' if status == 0 else output.strip()}")
 
 
+def host_mutants(build, tally):
+    """Planted bugs of the host's code, each to be killed by its test (tests/mutants.py)."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = pathlib.Path(folder) / "results.json"
+        status, output = run([sys.executable, str(ROOT / "tests/mutants.py"), "--build", build, "--host", "--json", str(results)], timeout_s=3600)
+        statuses = [test["status"] for test in json.loads(results.read_text())["tests"]] if results.exists() else ["fail"]
+    tally.add(statuses.count("pass"), statuses.count("fail"), statuses.count("skip"))
+    print(f"host mutants and their unmutated programs: {statuses.count('pass')} passed, {statuses.count('fail')} failed")
+    if status != 0:
+        print(output)
+
+
 def gpu_tests(build, tally):
     for source in sorted((ROOT / "dev").glob("*.cu")):
         program = build / "dev" / source.stem
@@ -133,6 +148,7 @@ def main():
     listed_tests("distributed", distributed_tests.tests(), tally)
     tiktoken_test(tally)
     gpu_tests(build, tally)
+    host_mutants(arguments.build, tally)
     tally.add(*fuzz_tests.run(build, arguments.fuzz_seconds))
     if tally.skipped:
         print("skipped: what needs a GPU that this machine lacks (compiled, not run), or a file that is not here")

@@ -49,7 +49,7 @@ class Runs:
 def tool(library, name, *arguments):
     """Runs dev/NAME.py; skips when the library is missing and the tool says so in one line."""
     done = subprocess.run([sys.executable, str(ROOT / "dev" / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True, timeout=300)
-    lacking = subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True).returncode != 0
+    lacking = subprocess.run([sys.executable, "-c", f"import sys; sys.path.append({str(run_log.PACKAGES)!r}); import {library}"], capture_output=True).returncode != 0
     if lacking:
         lines = done.stderr.strip().splitlines()
         assert done.returncode != 0 and len(lines) == 1 and f"needs python3's {library}" in lines[0], done.stderr
