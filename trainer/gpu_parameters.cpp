@@ -136,7 +136,7 @@ void GpuParameters::bind(StepState* state) {
     upload_adamw_tables();
     upload_quantize_tables();
     upload_transposes();
-    streams_.prepare(micro_batch_schedule(shape_, Position::only));
+    for (const Position position : {Position::only, Position::first, Position::middle, Position::last}) streams_.prepare(micro_batch_schedule(shape_, position));
     streams_.prepare(optimizer_schedule(shape_));
     if (options_.poison) poison();
 }

@@ -12,7 +12,8 @@
 //               the embedding's                               before its backward
 //
 // In what order units are gathered, used and reduced: sharding_schedule.h. Norms, biases and positions are the `rest`, which
-// every rank holds. A run on one rank, and --shard none, have no slices and no such buffers.
+// every rank holds. Gaps between tensors are zeros in all arrays of gradients, so that slices can be summed and squared whole:
+// kernels write tensors, and NCCL's reduce_scatter a rank's own slice. A run on one rank, and --shard none, have no slices and no such buffers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>

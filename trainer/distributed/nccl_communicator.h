@@ -1,5 +1,7 @@
 // Collectives of device memory over NCCL: enqueued on a stream, so that they can be captured in a CUDA graph.
 //
+// A reduce_scatter writes the rank's own slice alone: the others stay as they were sent.
+//
 // NCCL is loaded when the first communicator is made, so the program starts without it. Reductions are NCCL's: every rank
 // gets the same bits, in an order that is NCCL's own.
 #pragma once
