@@ -106,6 +106,12 @@ dev_parts = $(patsubst %,$(BUILD)/%.o,$(basename $(wildcard dev/parts/$1/*.cu de
 $(BUILD)/dev/%: $(BUILD)/dev/%.o $$(call dev_parts,$$*) $(DEV_COMMON) \
         $$(if $$(wildcard kernels/$$*.cu),$(BUILD)/kernels/$$*.o $$(call backends,$$*),$(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS))
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $(sort $^) $(LDLIBS)
+# The GPU's parameters on a stand-in for the GPU: its runtime and kernels in place of CUDA's and the product's.
+FAKE_GPU := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard tests/fake_gpu/*.cpp trainer/distributed/*.cpp)) \
+            $(addprefix $(BUILD)/trainer/,$(addsuffix .o,gpu_parameters gpu_parameters_step two_streams sharding_schedule parallel parameters \
+              model_spec recipe reference/quantizer)) $(BUILD)/kernels/common/arena.o $(BUILD)/kernels/common/mark.o
+$(BUILD)/tests/host/test_gpu_parameters: $(BUILD)/tests/host/test_gpu_parameters.o $(FAKE_GPU)
+	@echo "  link $@" && $(CXX) -o $@ $^ -lgtest -lgtest_main -ldl -lpthread -lgomp
 $(BUILD)/tests/host/%: $(BUILD)/tests/host/%.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS) -lgtest -lgtest_main
 

@@ -10,6 +10,7 @@
 void GpuParameters::clear_added_gradients(cudaStream_t stream) const {
     CUDA_CHECK(cudaMemsetAsync(rest_gradients(), 0, size_t(rest_elements()) * sizeof(float), stream));
     if (!shape_.partial) return;
+    // Its first reduction comes with the second micro-batch, in a graph that the third one uses too.
     const Place& embedding = places_[size_t(list_.embedding_unit)];
     CUDA_CHECK(cudaMemsetAsync(embedding.reduced, 0, size_t(embedding.slice) * sizeof(float), stream));
 }
@@ -67,8 +68,7 @@ void GpuParameters::cast(cudaStream_t stream) const {
 
 void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) const {
     const Place& place = places_[size_t(unit)];
-    // The embedding's sum is always added to: its reductions do not come with the position of their micro-batch.
-    if (shape_.sharded) reduce_over_group(place, shape_.partial && (place.layer == kEmbedding || !starts_gradients(position)), stream);
+    if (shape_.sharded) reduce_over_group(place, shape_.partial && !starts_gradients(position), stream);
     if (completes_gradients(position)) reduce_over_replicas(place, stream);
 }
 
