@@ -125,7 +125,7 @@ int GpuParameters::norm_partials_of_slices() const {
     if (!shape_.sharded) return 0;
     return global_norm_partials() * (shape_.partial ? 1 : int(list_.units.size()));
 }
-int GpuParameters::norm_partials() const { return norm_partials_of_slices() + global_norm_partials(); }
+int GpuParameters::norm_partials() const { return group().size() * norm_partials_of_slices() + global_norm_partials(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Places and tables

@@ -127,10 +127,10 @@ void GpuParameters::update(cudaStream_t stream) {
     skip_ = nullptr;
 }
 
-// Partial sums: those of the slices, to be added over the group, then those of the rest, or of everything on one rank.
+// Partial sums: those of every rank's slices, then those of the rest, or of everything on one rank.
 void GpuParameters::measure_norm(cudaStream_t stream) const {
     if (!shape_.sharded) return sum_of_squares(grads_, list_.flat_elements, norm_partials_, stream);
-    float* partials = norm_partials_;
+    float* partials = norm_partials_ + group().rank() * norm_partials_of_slices();
     const auto add = [&](const float* gradients, int64_t n) {
         sum_of_squares(gradients, n, partials, stream);
         partials += global_norm_partials();
@@ -138,12 +138,15 @@ void GpuParameters::measure_norm(cudaStream_t stream) const {
     if (shape_.partial) add(grads_, held_.rest_offset);
     else
         for (const Place& place : places_) add(place.reduced, place.slice);
+    partials = norm_partials_ + group().size() * norm_partials_of_slices();
     add(rest_gradients(), rest_elements());
 }
 
+// Gathered, and added by every rank in the same order, so that replicas of a slice, whose groups might add in orders of their
+// own, do not part by a last bit of the norm.
 void GpuParameters::reduce_norm(cudaStream_t stream) const {
-    const Mark mark("all_reduce");
-    group().all_reduce(norm_partials_, norm_partials_of_slices(), Element::f32, Reduction::sum, stream);
+    const Mark mark("all_gather");
+    group().all_gather(norm_partials_, norm_partials_of_slices() * int64_t(sizeof(float)), stream);
 }
 
 // Slots differ in their amaxes alone, so all their words can take part; non-negative floats keep their order as bits.

@@ -14,8 +14,8 @@ Shard find_shard(const std::string& name) {
 namespace {
 
 // Multiprocessors that NCCL may take from the compute beside it, by --shard; 0: as many as it likes. Where weights or
-// gradients travel during the whole of a micro-batch, a few are enough to hide them.
-constexpr int kMostCtas[] = {0, 0, 8, 8};
+// gradients travel during the whole of a micro-batch, a few are enough to hide them. Gathers need none.
+constexpr NcclOptions kNccl[] = {{.most_ctas = 0}, {.most_ctas = 0, .copy_engines = true}, {.most_ctas = 8, .copy_engines = true}, {.most_ctas = 8, .copy_engines = true}};
 
 struct Grouping {
     int groups, group_size;
@@ -42,7 +42,7 @@ Parallel make_parallel(World& world, const ParallelOptions& options) {
 // A communicator holds memory of the GPU: one serves as many purposes as it can.
 Parallel make_gpu_parallel(World& world, const ParallelOptions& options) {
     const auto [groups, group_size] = grouping_of(world.size(), options);
-    const NcclOptions nccl{.most_ctas = kMostCtas[int(options.shard)]};
+    const NcclOptions& nccl = kNccl[int(options.shard)];
     Parallel parallel{.shard = options.shard, .gradient_element = options.gradient_element, .watch = world.watch()};
     parallel.world = nccl_split(world, 0, nccl);
     if (groups == 1) parallel.group = parallel.world;

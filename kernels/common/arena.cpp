@@ -5,9 +5,13 @@
 namespace {
 constexpr size_t kAlignment = 512;  // at least what TMA, cuBLASLt workspaces and NCCL slices ask for
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-}  // namespace
 
-Arena::~Arena() { cudaFree(base_); }
+std::shared_ptr<void> plain_memory(size_t bytes) {
+    void* memory = nullptr;
+    CUDA_CHECK(cudaMalloc(&memory, bytes));
+    return {memory, [](void* p) { cudaFree(p); }};
+}
+}  // namespace
 
 size_t Arena::total_bytes() const {
     size_t total = 0;
@@ -34,13 +38,14 @@ void Arena::require_fits() const {
             double(total) / (1 << 30), double(free_bytes) / (1 << 30), double(device_bytes) / (1 << 30));
 }
 
-void Arena::allocate() {
+void Arena::allocate(const std::function<std::shared_ptr<void>(size_t)>& take) {
     require_fits();
     const size_t total = total_bytes();
     if (total == 0) return;
-    CUDA_CHECK(cudaMalloc(&base_, total));
-    CUDA_CHECK(cudaMemset(base_, 0, total));
-    char* next = static_cast<char*>(base_);
+    if (take) base_ = take(total);
+    if (!base_) base_ = plain_memory(total);
+    CUDA_CHECK(cudaMemset(base_.get(), 0, total));
+    char* next = static_cast<char*>(base_.get());
     for (const Request& r : requests_) {
         *r.pointer = next;
         next += aligned(r.bytes);

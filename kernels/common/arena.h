@@ -1,14 +1,15 @@
-// All device memory of a run, from one cudaMalloc at start. First every user requests its buffers, then allocate() gets
+// All device memory of a run, from one allocation at start. First every user requests its buffers, then allocate() gets
 // the memory, zeroes it and fills in the pointers. Nothing is allocated in a step.
 #pragma once
 #include <cstddef>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 class Arena {
   public:
     Arena() = default;
-    ~Arena();
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
@@ -21,7 +22,8 @@ class Arena {
     }
 
     void require_fits() const;  // Error that states the total and what is free, when it does not
-    void allocate();
+    // `take`: where the memory comes from; it is given back with the arena. cudaMalloc's without it, or where it returns null.
+    void allocate(const std::function<std::shared_ptr<void>(size_t bytes)>& take = {});
 
     struct Row {
         std::string what;
@@ -37,5 +39,5 @@ class Arena {
         std::string row;
     };
     std::vector<Request> requests_;
-    void* base_ = nullptr;
+    std::shared_ptr<void> base_;
 };

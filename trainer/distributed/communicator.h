@@ -7,6 +7,7 @@
 // Host communicators add in the order of ranks, in float: every rank gets the same bits, over MPI and over TCP.
 #pragma once
 #include <cstdint>
+#include <memory>
 
 #include "kernels/common/check.h"
 
@@ -36,6 +37,10 @@ class Communicator {
     bool silent() const { return silent_; }  // no call does anything
     const Traffic& traffic() const { return traffic_; }
 
+    // Memory from which collectives of this communicator are faster, or null where it makes no difference. Every rank calls it
+    // with as many bytes. It must be given back before the communicator is.
+    std::shared_ptr<void> memory(int64_t bytes) { return silent_ ? nullptr : do_memory(bytes); }
+
     // data: `count` elements; every rank gets the reduction over all ranks.
     void all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream = nullptr) {
         if (silent_ || count == 0) return;
@@ -64,6 +69,7 @@ class Communicator {
     }
 
   protected:
+    virtual std::shared_ptr<void> do_memory(int64_t) { return nullptr; }
     virtual void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) = 0;
     virtual void do_reduce_scatter(void* data, int64_t count, Element element, CUstream_st* stream) = 0;
     virtual void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) = 0;

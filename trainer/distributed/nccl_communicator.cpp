@@ -15,6 +15,11 @@ std::unique_ptr<Communicator> nccl_split(World&, int, const NcclOptions&, bool) 
 
 #include <type_traits>
 
+// Memory registered as a window, and gathers by copy engines.
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 28, 0)
+#define TRAIN_GPT_NCCL_WINDOWS
+#endif
+
 namespace {
 
 // The functions used, by name; their types are the header's.
@@ -30,6 +35,12 @@ struct Nccl {
     decltype(&ncclGetErrorString) error_string;
     decltype(&ncclGetLastError) last_error;
     std::string obstacle;
+#ifdef TRAIN_GPT_NCCL_WINDOWS
+    decltype(&ncclMemAlloc) allocate;
+    decltype(&ncclMemFree) free;
+    decltype(&ncclCommWindowRegister) register_window;
+    decltype(&ncclCommWindowDeregister) deregister_window;
+#endif
 
     Nccl() {
         void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
@@ -45,6 +56,10 @@ struct Nccl {
         find(destroy, "ncclCommDestroy"), find(all_reduce, "ncclAllReduce"), find(reduce_scatter, "ncclReduceScatter");
         find(all_gather, "ncclAllGather"), find(broadcast, "ncclBroadcast"), find(error_string, "ncclGetErrorString");
         find(last_error, "ncclGetLastError");
+#ifdef TRAIN_GPT_NCCL_WINDOWS
+        find(allocate, "ncclMemAlloc"), find(free, "ncclMemFree");
+        find(register_window, "ncclCommWindowRegister"), find(deregister_window, "ncclCommWindowDeregister");
+#endif
     }
 };
 
@@ -65,6 +80,9 @@ class NcclCommunicator final : public Communicator {
     NcclCommunicator(int rank, int size, const ncclUniqueId& id, const NcclOptions& options) : Communicator(rank, size, true) {
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         if (options.most_ctas > 0) config.maxCTAs = options.most_ctas;
+#ifdef TRAIN_GPT_NCCL_WINDOWS
+        if (options.copy_engines) config.CTAPolicy = NCCL_CTA_POLICY_ZERO;
+#endif
         NCCL_CHECK(init(&communicator_, size, id, rank, &config));
     }
     ~NcclCommunicator() override {
@@ -72,6 +90,20 @@ class NcclCommunicator final : public Communicator {
     }
 
   private:
+#ifdef TRAIN_GPT_NCCL_WINDOWS
+    // One window, in which a buffer lies at the same place on every rank: what copy engines need.
+    std::shared_ptr<void> do_memory(int64_t bytes) override {
+        if (size() == 1) return nullptr;
+        void* memory = nullptr;
+        NCCL_CHECK(allocate(&memory, size_t(bytes)));
+        ncclWindow_t window = nullptr;
+        NCCL_CHECK(register_window(communicator_, memory, size_t(bytes), &window, NCCL_WIN_COLL_SYMMETRIC));
+        return {memory, [window, communicator = communicator_](void* p) {
+                    if (window) nccl().deregister_window(communicator, window);
+                    nccl().free(p);
+                }};
+    }
+#endif
     void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) override {
         NCCL_CHECK(all_reduce(data, data, size_t(count), type_of(element), reduction == Reduction::sum ? ncclSum : ncclMax, communicator_, stream));
     }
