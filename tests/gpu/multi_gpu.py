@@ -99,9 +99,14 @@ class Speed:
             runs.micro_batches[self.model] = fitting_micro_batch(runs, self.model)
         context, (traced, measured) = 64 if runs.a.rehearse else 1024, self.steps()
         micro_batch = min(runs.micro_batches[self.model], tokens // context)
-        out, text, used = runs.until_last_step(ranks, *MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks,
-                                               "--steps", WARM_UP + traced + measured, "--profile", traced, "--eval-every", 0, "--checkpoint-every", 0,
-                                               "--shard", "none" if self.mode == "alone" else self.mode)
+        options = [*MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks, "--steps", WARM_UP + traced + measured,
+                   "--eval-every", 0, "--checkpoint-every", 0, "--shard", "none" if self.mode == "alone" else self.mode]
+        try:
+            out, text, used = runs.until_last_step(ranks, *options, "--profile", traced)
+        except Failed as failure:
+            if "CUPTI" not in str(failure):
+                raise
+            out, text, used = runs.until_last_step(ranks, *options)  # speeds at least; judge() fails for want of a timeline
         step_s = statistics.median(r["seconds"] for r in records(out, "step")[-measured:])
         rate = tokens / step_s  # of one GPU
         row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": "none" if self.mode == "alone" else self.mode, "seq_len": context,
@@ -126,8 +131,7 @@ class Speed:
             failed.append(f"at least {bar:.0%}")
         row["gathered_bytes"] = gathered_bytes(out)
         figure += f", {row['gathered_bytes'] / 2**20:.1f} MiB gathered (a captured call counts once)"
-        profile = records(out, "profile")[-1]
-        pairs = list(zip(profile["communication_ms"], profile["exposed_ms"]))
+        pairs = [pair for profile in records(out, "profile") for pair in zip(profile["communication_ms"], profile["exposed_ms"])]
         if any(communication > 0 for communication, _ in pairs):
             communication, exposed = max((pair for pair in pairs if pair[0] > 0), key=lambda pair: pair[1] / pair[0])
             row |= {"communication_ms": round(communication, 3), "exposed_ms": round(exposed, 3), "exposed_share": round(exposed / communication, 4)}

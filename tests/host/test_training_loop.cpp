@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "tests/host/test_data_support.h"
+#include "trainer/checkpoint.h"
 
 namespace {
 
@@ -22,6 +23,12 @@ class MadeUpLosses final : public Engine {
         std::promise<void> copied;
         copied.set_value();
         return copied.get_future().share();
+    }
+    std::shared_ptr<void> pin(TrainState& into) override {
+        REQUIRE(into.params.size() == elements_ && into.m.size() == elements_ && into.v.size() == elements_, "pin: arrays without their size");
+        ++pins;
+        REQUIRE(can_pin, "no more pinned memory");
+        return {&pins, [this](void*) { --pins; }};
     }
     void enqueue_step(const StepInputs& in, std::span<const int>, std::span<const int>) override { enqueued_.push_back(in); }
     StepResult collect() override {
@@ -42,6 +49,9 @@ class MadeUpLosses final : public Engine {
     std::string device_name() const override { return "none"; }
     std::vector<MemoryRow> memory_table() const override { return {}; }
     std::vector<LinearRow> linear_table() const override { return {}; }
+
+    bool can_pin = true;
+    int pins = 0;
 
   private:
     std::function<float(int64_t)> loss_;
@@ -66,13 +76,16 @@ Config small_run(const TempFolder& folder, int64_t steps) {
     return config;
 }
 
+MadeUpLosses made_up(const Config& config, std::function<float(int64_t)> loss) {
+    return {std::move(loss), make_parameters(config.model_spec()).flat_elements};
+}
+
 // The step records of a whole run.
-std::vector<nlohmann::json> run(const Config& config, const std::function<float(int64_t)>& loss) {
+std::vector<nlohmann::json> run(const Config& config, MadeUpLosses& engine) {
     const ParameterList list = make_parameters(config.model_spec());
     const Held held = held_by(list, 0, 1);
     World world(Launch{}, 1);
     const Parallel parallel;
-    MadeUpLosses engine(loss, list.flat_elements);
     const DataLoader data({.shards = {config.train}, .seq_len = 16, .samples_per_step = 1});
     const Validation validation(config);
     ProfiledSteps profile(config);
@@ -96,11 +109,29 @@ TEST(TrainingLoop, SkippedStepsAreNoneThatLaterOnesAreComparedWith) {
     config.outlier_window = 16;
     config.skip_outliers = "loss";
     const auto in_spike = [](int64_t step) { return step >= 30 && step < 60; };
-    const std::vector<nlohmann::json> steps = run(config, [&](int64_t step) { return in_spike(step) ? 50.0f : step % 2 ? 3.0f : 3.1f; });
+    MadeUpLosses engine = made_up(config, [&](int64_t step) { return in_spike(step) ? 50.0f : step % 2 ? 3.0f : 3.1f; });
+    const std::vector<nlohmann::json> steps = run(config, engine);
     ASSERT_EQ(steps.size(), 80u);
     for (int64_t step = 0; step < 80; ++step)
         EXPECT_EQ(steps[size_t(step)].at("skipped").get<bool>(), in_spike(step)) << "step " << step << ": " << steps[size_t(step)];
     EXPECT_EQ(steps.back().at("skipped_steps"), 30);
+}
+
+// Pinned while the loop lives; without that, checkpoints are written all the same.
+TEST(TrainingLoop, SavesIntoPinnedMemoryOrAnyOther) {
+    for (const bool can_pin : {true, false}) {
+        const TempFolder folder;
+        Config config = small_run(folder, 12);
+        config.checkpoint_every = 5;
+        config.keep = 0;
+        MadeUpLosses engine = made_up(config, [](int64_t) { return 3.0f; });
+        engine.can_pin = can_pin;
+        testing::internal::CaptureStderr();
+        run(config, engine);
+        EXPECT_EQ(testing::internal::GetCapturedStderr().find("no more pinned memory") == std::string::npos, can_pin);
+        EXPECT_EQ(engine.pins, can_pin ? 0 : 1);
+        for (const int step : {5, 10, 12}) EXPECT_TRUE(verify_checkpoint(config.out + message("/step_%06d", step), CheckpointFiles::all));
+    }
 }
 
 }  // namespace

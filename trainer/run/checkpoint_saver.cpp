@@ -25,8 +25,8 @@ void CheckpointSaver::prepare() {
     for (std::future<void>& array : touched) array.get();
     try {
         pinned_ = engine_.pin(state_);
-    } catch (const Error& error) {
-        std::fprintf(stderr, "note: checkpoints are copied through small buffers, slower: the host's memory for them cannot be pinned (%s)\n", error.what());
+    } catch (const Error& error) {  // of all ranks, in all likelihood
+        if (world_.rank() == 0) std::fprintf(stderr, "note: checkpoints are copied through small buffers, slower: the host's memory for them cannot be pinned (%s)\n", error.what());
     }
 }
 
