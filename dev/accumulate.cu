@@ -46,6 +46,28 @@ void check_sum(Report& report, size_t n, Dtype dtype, bool add_to_sum) {
     report.expect("accumulate guards", shape, sum.guards_intact() && wide.guards_intact() && narrow.guards_intact(), "intact");
 }
 
+// As slices of several ranks arrive: one behind the other, with what is no part of them between.
+void check_parts(Report& report, size_t n, int parts, Dtype dtype, bool add_to_sum) {
+    const size_t stride = (n + 7) / 8 * 8 + 8;
+    const std::vector<float> before = values(n, 1.0f);
+    const std::vector<__nv_bfloat16> small = to_bf16(values(stride * size_t(parts), 0.3f));
+    const std::vector<float> more = dtype == Dtype::bf16 ? to_float(small) : values(stride * size_t(parts), 0.3f);
+    std::vector<float> expected(n);
+    for (size_t i = 0; i < n; i++) {
+        expected[i] = add_to_sum ? before[i] + more[i] : more[i];
+        for (int part = 1; part < parts; part++) expected[i] += more[size_t(part) * stride + i];
+    }
+    DeviceBuffer<float> sum(n);  // NaN where it is only to be overwritten
+    if (add_to_sum) sum.upload(before);
+    const DeviceBuffer<float> wide(more);
+    const DeviceBuffer<__nv_bfloat16> narrow(small);
+    accumulate({.sum = sum.get(), .add = dtype == Dtype::bf16 ? static_cast<const void*>(narrow.get()) : wide.get(), .dtype = dtype, .add_to_sum = add_to_sum,
+                .n = int64_t(n), .parts = parts, .stride = int64_t(stride)}, nullptr);
+    const std::string shape = message("%s n=%zu, %d parts", name_of(dtype), n, parts);
+    report.compare_bits(add_to_sum ? "parts added" : "parts alone", shape, bits(sum.download()), bits(expected));
+    report.expect("accumulate guards", shape, sum.guards_intact() && wide.guards_intact() && narrow.guards_intact(), "intact");
+}
+
 void check_rounding(Report& report, const std::string& name, const std::vector<float>& x) {
     const DeviceBuffer<float> in(x);
     const DeviceBuffer<__nv_bfloat16> out(x.size());
@@ -71,6 +93,9 @@ void checks(Report& report) {
     for (const size_t n : sizes) {
         for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
             for (const bool add_to_sum : {false, true}) check_sum(report, n, dtype, add_to_sum);
+        for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+            for (const int parts : {2, 3, 8})
+                if (n <= (1 << 20) + 8) check_parts(report, n, parts, dtype, parts != 3);
         check_rounding(report, "rounded", values(n, 1.0f));
     }
     accumulate({.sum = nullptr, .add = nullptr, .dtype = Dtype::f32, .add_to_sum = true, .n = 0}, nullptr);  // an Error would end the checks
@@ -99,6 +124,9 @@ void benches(Report& report) {
                 accumulate({.sum = sum.get(), .add = add, .dtype = v.dtype, .add_to_sum = v.add_to_sum, .n = int64_t(size.n)}, s);
             });
         }
+        report.bench({.name = "accumulate f32, 2 parts", .shape = size.name, .bytes = double(size.n / 2) * 16}, [&](int, cudaStream_t s) {
+            accumulate({.sum = sum.get(), .add = wide.get(), .dtype = Dtype::f32, .add_to_sum = true, .n = int64_t(size.n / 2), .parts = 2, .stride = int64_t(size.n / 2)}, s);
+        });
         report.bench({.name = "round_to_bf16", .shape = size.name, .bytes = 6.0 * double(size.n)},
                      [&](int, cudaStream_t s) { round_to_bf16(wide.get(), narrow.get(), int64_t(size.n), s); });
     }

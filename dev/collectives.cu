@@ -90,6 +90,14 @@ void check_size(Report& report, Communicator& ranks, size_t n) {
     check_both<__nv_bfloat16>(report, {"reduce_scatter bf16", n}, to_bf16(wide), to_bf16(wide_sums), {mine, n},
                               [&](void* x, cudaStream_t s) { ranks.reduce_scatter(x, int64_t(n), Element::bf16, s); });
 
+    // Bytes that tell sender, receiver and place; behind what is sent, in the same buffer, what arrives.
+    std::vector<uint8_t> sent(2 * slices, 0xee);
+    for (size_t i = 0; i < slices; ++i) sent[i] = uint8_t(size_t(rank) * 101 + i / n * 17 + i % n * 31);
+    std::vector<uint8_t> arrived = sent;
+    for (size_t i = 0; i < slices; ++i) arrived[slices + i] = uint8_t(i / n * 101 + size_t(rank) * 17 + i % n * 31);
+    check_both<uint8_t>(report, {"all_to_all bytes", n}, sent, arrived, {0, 2 * slices},
+                        [&](void* x, cudaStream_t s) { ranks.all_to_all(x, static_cast<uint8_t*>(x) + slices, int64_t(n), s); });
+
     std::vector<uint32_t> bits(n), most(n);
     std::vector<uint8_t> codes(slices), all(slices);
     for (size_t i = 0; i < n; ++i) bits[i] = uint32_t(i * 77 + size_t(rank) * 13), most[i] = uint32_t(i * 77 + size_t(size - 1) * 13);

@@ -1,5 +1,5 @@
-// Element by element over flat buffers, bound by memory: accumulate moves 12 bytes an element (10 with BF16, 8 and 6 where it
-// overwrites), rounding 6. A thread has four vectors of four elements in flight; a block owns 4096 elements.
+// Element by element over flat buffers, bound by memory: accumulate moves 12 bytes an element of one part (10 with BF16, 8 and 6
+// where it overwrites) and 4 (2) for each further part, rounding 6. A thread has four vectors of four elements in flight; a block owns 4096 elements.
 #include "kernels/accumulate.h"
 
 #include "kernels/common/cuda_check.h"
@@ -20,26 +20,44 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 
 template <class T, bool kAdd>
-__global__ void __launch_bounds__(kThreads) accumulate_kernel(float* __restrict__ sum, const T* __restrict__ add, int64_t n) {
+__global__ void __launch_bounds__(kThreads) accumulate_kernel(float* __restrict__ sum, const T* __restrict__ add, int64_t n, int parts, int64_t stride) {
     const int64_t first = int64_t(blockIdx.x) * kBlockElements + threadIdx.x * kVector;
+    const auto load_part = [&](Vector<T> (&more)[kLoads], const T* from) {
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k) {
+            const int64_t i = first + k * kThreads * kVector;
+            more[k] = i + kVector <= n ? load<Vector<T>>(from + i) : Vector<T>{};
+        }
+    };
     Vector<T> more[kLoads];
     F32x4 total[kLoads];
+    load_part(more, add);
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
         const int64_t i = first + k * kThreads * kVector;
-        const bool inside = i + kVector <= n;
-        more[k] = inside ? load<Vector<T>>(add + i) : Vector<T>{};
-        total[k] = kAdd && inside ? load<F32x4>(sum + i) : F32x4{};
+        total[k] = kAdd && i + kVector <= n ? load<F32x4>(sum + i) : F32x4{};
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) total[k][j] = kAdd ? total[k][j] + to_float(more[k][j]) : to_float(more[k][j]);
+    for (int part = 1; part < parts; ++part) {
+        load_part(more, add + part * stride);
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) total[k][j] += to_float(more[k][j]);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
         const int64_t i = first + k * kThreads * kVector;
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) total[k][j] = kAdd ? total[k][j] + to_float(more[k][j]) : to_float(more[k][j]);
         if (i + kVector <= n) store(sum + i, total[k]);
     }
     const int64_t tail = n / kVector * kVector + threadIdx.x;
-    if (blockIdx.x == gridDim.x - 1 && tail < n) sum[tail] = kAdd ? sum[tail] + to_float(add[tail]) : to_float(add[tail]);
+    if (blockIdx.x != gridDim.x - 1 || tail >= n) return;
+    float value = kAdd ? sum[tail] + to_float(add[tail]) : to_float(add[tail]);
+    for (int part = 1; part < parts; ++part) value += to_float(add[part * stride + tail]);
+    sum[tail] = value;
 }
 
 __global__ void __launch_bounds__(kThreads) round_to_bf16_kernel(const float* __restrict__ x, bf16* __restrict__ y, int64_t n) {
@@ -75,17 +93,20 @@ void launch_accumulate(const Accumulate& p, cudaStream_t stream) {
     const unsigned blocks = blocks_for("accumulate", p.n);
     if (blocks == 0) return;
     const T* add = static_cast<const T*>(p.add);
-    if (p.add_to_sum) accumulate_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p.sum, add, p.n);
-    else accumulate_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p.sum, add, p.n);
+    if (p.add_to_sum) accumulate_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p.sum, add, p.n, p.parts, p.stride);
+    else accumulate_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p.sum, add, p.n, p.parts, p.stride);
     CUDA_CHECK_LAUNCH();
 }
 
 }  // namespace
 
 void accumulate(const Accumulate& p, cudaStream_t stream) {
-    const Mark mark("accumulate", {.bytes = double(p.n) * (4.0 + 4.0 * p.add_to_sum + double(bytes_of(p.dtype)))});
+    const Mark mark("accumulate", {.bytes = double(p.n) * (4.0 + 4.0 * p.add_to_sum + double(p.parts) * double(bytes_of(p.dtype)))});
     REQUIRE(p.dtype == Dtype::f32 || p.dtype == Dtype::bf16, "accumulate: dtype %s must be f32 or bf16", name_of(p.dtype));
     REQUIRE(aligned(p.sum) && aligned(p.add), "accumulate: sum=%p, add=%p must be 16-byte aligned", static_cast<const void*>(p.sum), p.add);
+    REQUIRE(p.parts >= 1 && (p.parts == 1 || (p.stride >= p.n && p.stride * int64_t(bytes_of(p.dtype)) % 16 == 0)),
+            "accumulate: parts=%d, stride=%lld: parts must be positive, and more than one at least n=%lld elements and a multiple of 16 bytes apart", p.parts,
+            static_cast<long long>(p.stride), static_cast<long long>(p.n));
     if (p.dtype == Dtype::f32) launch_accumulate<float>(p, stream);
     else launch_accumulate<bf16>(p, stream);
 }

@@ -6,14 +6,17 @@
 
 #include "kernels/common/dtype.h"
 
-// sum[i] = sum[i] + add[i], or add[i] alone (sum is not read then, and may hold anything). One addition in float an element, so
-// the result does not depend on anything else. Any n >= 0; both 16-byte aligned; add must not overlap sum.
+// sum[i] = sum[i] + add[i] + add[stride + i] + ..., or the parts alone (sum is not read then, and may hold anything). Additions in
+// float from left to right, so the result does not depend on anything else. Any n >= 0; sum, add and every part 16-byte aligned; add
+// must not overlap sum.
 struct Accumulate {
     float* sum;
     const void* add;   // float or BF16, after dtype
     Dtype dtype;       // f32 or bf16
     bool add_to_sum;   // false: the first of several, which overwrites
     int64_t n;
+    int parts = 1;
+    int64_t stride = 0;  // elements from a part to the next
 };
 void accumulate(const Accumulate& p, cudaStream_t stream);
 

@@ -39,7 +39,7 @@ void for_each_option(C& c, Visitor&& visit) {
 
     visit(OptionInfo{"Ranks", "shard", "what is cut over the ranks: none, optimizer (ZeRO-1), gradients (2) or full (3)"}, c.shard);
     visit(OptionInfo{"Ranks", "replicate", "groups of ranks; slices are cut inside a group"}, c.replicate);
-    visit(OptionInfo{"Ranks", "reduce-dtype", "f32 or bf16: in which gradients travel between ranks; NCCL rounds bf16 at every hop"}, c.reduce_dtype);
+    visit(OptionInfo{"Ranks", "reduce-dtype", "f32 or bf16: in which gradients travel between ranks; slices of a group are added in f32, NCCL rounds bf16 sums of replicas at every hop"}, c.reduce_dtype);
     visit(OptionInfo{"Ranks", "timeout", "seconds without a rank's progress that end the job"}, c.timeout);
 
     visit(OptionInfo{"Training", "steps", "optimizer steps"}, c.steps);

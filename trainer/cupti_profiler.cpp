@@ -60,7 +60,7 @@ std::string short_name(const char* mangled) {
     return name;
 }
 
-constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET};
+constexpr CUpti_ActivityKind kKinds[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMCPY2, CUPTI_ACTIVITY_KIND_MEMSET};
 constexpr CUpti_CallbackDomain kCallDomains[] = {CUPTI_CB_DOMAIN_RUNTIME_API, CUPTI_CB_DOMAIN_DRIVER_API};
 constexpr uint32_t kNodeCallbacks[] = {CUPTI_CBID_RESOURCE_GRAPHNODE_CREATED, CUPTI_CBID_RESOURCE_GRAPHNODE_CLONED};
 
@@ -108,7 +108,9 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         }
         for (const Record& r : records_) {
             const int entry = entry_of(r);
-            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), r.work});
+            // Copy engines' collectives are copies; whether CUPTI calls them copies between peers depends on how the memory is mapped.
+            const bool copies_for_ranks = r.work == Work::other && r.name.starts_with("copy") && marks_.phase(entry) == "communication";
+            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), copies_for_ranks ? Work::communication : r.work});
         }
         return summarize(std::move(records), marks_, double(steps));
     }
@@ -180,6 +182,8 @@ class CuptiProfiler final : public Profiler, public MarkListener {
             const bool to_peer = r->copyKind == CUPTI_ACTIVITY_MEMCPY_KIND_PTOP;  // collectives of copy engines
             add(r, to_device ? "copy, host to device" : to_host ? "copy, device to host" : to_peer ? "copy, device to device" : "copy",
                 to_peer ? Work::communication : Work::other);
+        } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY2) {
+            add(reinterpret_cast<const CUpti_ActivityMemcpyPtoP4*>(record), "copy between GPUs", Work::communication);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             add(reinterpret_cast<const CUpti_ActivityMemset4*>(record), "fill", Work::other);
         }

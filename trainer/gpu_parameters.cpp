@@ -84,10 +84,12 @@ void GpuParameters::request_gradients(Arena& shared) {
         const std::vector<int>& units = units_of(b + 1 == partials_.size() ? kEmbedding : 0);
         for (size_t k = 0; k < units.size(); ++k) shared.request(partials_[b][k], size_t(unit_at(units[k]).elements) * sizeof(float), "gradients of a micro-batch (FP32)");
     }
-    if (options_.parallel.gradient_element != Element::bf16 || !shape_.reduces_units) return;
     int64_t largest = 0;
     for (const Unit& unit : list_.units) largest = std::max(largest, unit.elements);
-    shared.request(wire_, size_t(largest), "gradients on their way (BF16)");
+    const Element element = options_.parallel.gradient_element;
+    const std::string row = message("gradients on their way (%s)", element == Element::bf16 ? "BF16" : "FP32");
+    if (shape_.sharded) shared.request(arrived_, size_t(largest * bytes_of(element)), row);
+    if (shape_.reduces_units && element == Element::bf16) shared.request(wire_, size_t(largest), row);
 }
 
 void GpuParameters::request_tables(Arena& arena, Arena& shared) {

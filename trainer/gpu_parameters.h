@@ -13,7 +13,7 @@
 //
 // In what order units are gathered, used and reduced: sharding_schedule.h. Norms, biases and positions are the `rest`, which
 // every rank holds. Gaps between tensors are zeros in all arrays of gradients, so that slices can be summed and squared whole:
-// kernels write tensors, and NCCL's reduce_scatter a rank's own slice. A run on one rank, and --shard none, have no slices and no such buffers.
+// kernels write tensors, and sums of ranks' slices have gaps where those have. A run on one rank, and --shard none, have no slices and no such buffers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -145,6 +145,7 @@ class GpuParameters {
     BlockBuffer transposed_;                // full sharding: of one block
     std::vector<BlockBuffer> partials_;     // reduced every micro-batch: by buffer; the last one is the embedding's
     __nv_bfloat16* wire_ = nullptr;         // the largest unit's gradients, where they travel in BF16
+    char* arrived_ = nullptr;               // sharded: of the largest unit, every rank's gradients of this rank's slice
 
     AdamWTensor* adamw_tensors_ = nullptr;  // a piece each
     int adamw_count_ = 0, adamw_blocks_ = 0;

@@ -72,18 +72,16 @@ void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) con
     if (completes_gradients(position)) reduce_over_replicas(place, stream);
 }
 
-// The sum over the group of this rank's slice: in place, or added to what earlier micro-batches left.
+// The sum over the group of this rank's slice, alone or added to what earlier micro-batches left. Slices travel as they are, by
+// copy engines where NCCL can: its reduce_scatter takes SMs from the GEMMs beside it. They are added in FP32 in the order of
+// the ranks, so with BF16 every rank's gradient is rounded once, however many ranks there are.
 void GpuParameters::reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const {
     const Mark mark("reduce_scatter");
-    const int64_t first = place.slice * group().rank();
-    if (options_.parallel.gradient_element == Element::bf16) {
-        round_to_bf16(place.gradients, wire_, place.elements, stream);
-        group().reduce_scatter(wire_, place.slice, Element::bf16, stream);
-        accumulate({.sum = place.reduced, .add = wire_ + first, .dtype = Dtype::bf16, .add_to_sum = adds, .n = place.slice}, stream);
-        return;
-    }
-    group().reduce_scatter(place.gradients, place.slice, Element::f32, stream);
-    if (shape_.partial) accumulate({.sum = place.reduced, .add = place.gradients + first, .dtype = Dtype::f32, .add_to_sum = adds, .n = place.slice}, stream);
+    const bool narrow = options_.parallel.gradient_element == Element::bf16;
+    if (narrow) round_to_bf16(place.gradients, wire_, place.elements, stream);
+    group().all_to_all(narrow ? static_cast<const void*>(wire_) : place.gradients, arrived_, place.slice * bytes_of(options_.parallel.gradient_element), stream);
+    accumulate({.sum = place.reduced, .add = arrived_, .dtype = narrow ? Dtype::bf16 : Dtype::f32, .add_to_sum = adds, .n = place.slice, .parts = group().size(),
+                .stride = place.slice}, stream);
 }
 
 void GpuParameters::reduce_over_replicas(const Place& place, cudaStream_t stream) const {

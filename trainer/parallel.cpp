@@ -14,8 +14,8 @@ Shard find_shard(const std::string& name) {
 namespace {
 
 // Multiprocessors that NCCL may take from the compute beside it, by --shard; 0: as many as it likes. Where weights or
-// gradients travel during the whole of a micro-batch, a few are enough to hide them. Gathers need none.
-constexpr NcclOptions kNccl[] = {{.most_ctas = 0}, {.most_ctas = 0, .copy_engines = true}, {.most_ctas = 8, .copy_engines = true}, {.most_ctas = 8, .copy_engines = true}};
+// gradients travel during the whole of a micro-batch, a few are enough to hide them; copy engines need none.
+constexpr NcclOptions kNccl[] = {{.most_ctas = 0}, {.most_ctas = 0, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}};
 
 struct Grouping {
     int groups, group_size;

@@ -47,10 +47,12 @@ void follow_masters(const AdamWUpdate& p, const AdamWTensor& t) {
 void accumulate(const Accumulate& p, cudaStream_t stream) {
     REQUIRE(aligned(p.sum) && aligned(p.add), "accumulate: pointers must be 16-byte aligned");
     enqueue(stream, [=] {
-        for (int64_t i = 0; i < p.n; ++i) {
-            const float x = p.dtype == Dtype::f32 ? static_cast<const float*>(p.add)[i] : value_of(static_cast<const __nv_bfloat16*>(p.add)[i]);
-            p.sum[i] = p.add_to_sum ? p.sum[i] + x : x;
-        }
+        for (int part = 0; part < p.parts; ++part)
+            for (int64_t i = 0; i < p.n; ++i) {
+                const int64_t at = part * p.stride + i;
+                const float x = p.dtype == Dtype::f32 ? static_cast<const float*>(p.add)[at] : value_of(static_cast<const __nv_bfloat16*>(p.add)[at]);
+                p.sum[i] = p.add_to_sum || part > 0 ? p.sum[i] + x : x;
+            }
     });
 }
 

@@ -31,7 +31,7 @@ struct Setting {
     }
 };
 
-// Host collectives on the stand-in's streams. Like NCCL's, a reduce_scatter leaves the slices of others as they are.
+// Host collectives on the stand-in's streams.
 class StreamCommunicator final : public Communicator {
   public:
     explicit StreamCommunicator(std::shared_ptr<Communicator> host) : Communicator(host->rank(), host->size(), true), host_(std::move(host)) {}
@@ -50,6 +50,15 @@ class StreamCommunicator final : public Communicator {
     }
     void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) override {
         fake_gpu::enqueue(stream, [=, this] { host_->all_gather(data, bytes); });
+    }
+    void do_all_to_all(const void* from, void* to, int64_t bytes, CUstream_st* stream) override {
+        fake_gpu::enqueue(stream, [=, this] {
+            const size_t all = size_t(bytes) * size_t(size());
+            std::vector<char> of_all(all * size_t(size()));
+            std::memcpy(of_all.data() + all * size_t(rank()), from, all);
+            host_->all_gather(of_all.data(), int64_t(all));
+            for (int r = 0; r < size(); ++r) std::memcpy(static_cast<char*>(to) + bytes * r, of_all.data() + all * size_t(r) + bytes * rank(), size_t(bytes));
+        });
     }
     void do_broadcast(void* data, int64_t bytes, int root, CUstream_st* stream) override {
         fake_gpu::enqueue(stream, [=, this] { host_->broadcast(data, bytes, root); });

@@ -107,15 +107,18 @@ TEST(GpuPlan, OneRankHasNothingOfOthers) {
         EXPECT_FALSE(one.rows.count(row)) << row;
 }
 
-TEST(GpuPlan, Bf16GradientsNeedOneBuffer) {
-    for (const Shard mode : kModes) {
-        const Plan f32 = plan_of(options_of("tensorwise", 2, {.shard = mode}));
-        const Plan bf16 = plan_of(options_of("tensorwise", 2, {.shard = mode, .gradient_element = Element::bf16}));
-        int64_t largest = 0;
-        for (const Unit& unit : make_parameters(kModel, mode == Shard::none ? 1 : 2).units) largest = std::max(largest, unit.elements);
-        expect_row(bf16, "gradients on their way (BF16)", 2 * double(largest), 1, message("mode %d", int(mode)));
-        EXPECT_EQ(bf16.total - f32.total, bf16.rows.at("gradients on their way (BF16)"));
-    }
+// The largest unit's: as every rank sends them to this one, and in BF16 also as they are sent.
+TEST(GpuPlan, GradientsOnTheirWay) {
+    for (const Shard mode : kModes)
+        for (const Element element : {Element::f32, Element::bf16}) {
+            const Plan plan = plan_of(options_of("tensorwise", 2, {.shard = mode, .gradient_element = element}));
+            int64_t largest = 0;
+            for (const Unit& unit : make_parameters(kModel, mode == Shard::none ? 1 : 2).units) largest = std::max(largest, unit.elements);
+            const std::string row = element == Element::bf16 ? "gradients on their way (BF16)" : "gradients on their way (FP32)";
+            const int buffers = (mode != Shard::none) + (element == Element::bf16);
+            if (buffers > 0) expect_row(plan, row, buffers * double(bytes_of(element) * largest), buffers, message("mode %d", int(mode)));
+            else EXPECT_FALSE(plan.rows.count(row));
+        }
 }
 
 // Matrices that FP8 refuses are units of their own, in BF16.

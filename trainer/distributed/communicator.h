@@ -55,6 +55,13 @@ class Communicator {
         note(traffic_.scattered, (size_ - 1) * count * bytes_of(element));
         do_reduce_scatter(data, count, element, stream);
     }
+    // from, to: size() slices of `bytes`; slice r of `to` is what rank r has in slice rank() of `from`. The two must not overlap.
+    // What a reduce_scatter moves, without its sum. Device communicators only.
+    void all_to_all(const void* from, void* to, int64_t bytes, CUstream_st* stream) {
+        if (silent_ || bytes == 0) return;
+        note(traffic_.scattered, (size_ - 1) * bytes);
+        do_all_to_all(from, to, bytes, stream);
+    }
     // data: size() slices of `bytes`; slice rank() is sent, the others are received.
     void all_gather(void* data, int64_t bytes, CUstream_st* stream = nullptr) {
         if (silent_ || bytes == 0) return;
@@ -70,6 +77,7 @@ class Communicator {
 
   protected:
     virtual std::shared_ptr<void> do_memory(int64_t) { return nullptr; }
+    virtual void do_all_to_all(const void*, void*, int64_t, CUstream_st*) { throw Error("all_to_all: device communicators only"); }
     virtual void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) = 0;
     virtual void do_reduce_scatter(void* data, int64_t count, Element element, CUstream_st* stream) = 0;
     virtual void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) = 0;

@@ -32,6 +32,10 @@ struct Nccl {
     decltype(&ncclReduceScatter) reduce_scatter;
     decltype(&ncclAllGather) all_gather;
     decltype(&ncclBroadcast) broadcast;
+    decltype(&ncclSend) send;
+    decltype(&ncclRecv) receive;
+    decltype(&ncclGroupStart) group_start;
+    decltype(&ncclGroupEnd) group_end;
     decltype(&ncclGetErrorString) error_string;
     decltype(&ncclGetLastError) last_error;
     std::string obstacle;
@@ -40,6 +44,7 @@ struct Nccl {
     decltype(&ncclMemFree) free;
     decltype(&ncclCommWindowRegister) register_window;
     decltype(&ncclCommWindowDeregister) deregister_window;
+    decltype(&ncclAlltoAll) all_to_all;
 #endif
 
     Nccl() {
@@ -55,10 +60,12 @@ struct Nccl {
         find(get_version, "ncclGetVersion"), find(get_unique_id, "ncclGetUniqueId"), find(init, "ncclCommInitRankConfig");
         find(destroy, "ncclCommDestroy"), find(all_reduce, "ncclAllReduce"), find(reduce_scatter, "ncclReduceScatter");
         find(all_gather, "ncclAllGather"), find(broadcast, "ncclBroadcast"), find(error_string, "ncclGetErrorString");
-        find(last_error, "ncclGetLastError");
+        find(last_error, "ncclGetLastError"), find(send, "ncclSend"), find(receive, "ncclRecv");
+        find(group_start, "ncclGroupStart"), find(group_end, "ncclGroupEnd");
 #ifdef TRAIN_GPT_NCCL_WINDOWS
         find(allocate, "ncclMemAlloc"), find(free, "ncclMemFree");
         find(register_window, "ncclCommWindowRegister"), find(deregister_window, "ncclCommWindowDeregister");
+        find(all_to_all, "ncclAlltoAll");
 #endif
     }
 };
@@ -113,6 +120,18 @@ class NcclCommunicator final : public Communicator {
     }
     void do_all_gather(void* data, int64_t bytes, CUstream_st* stream) override {
         NCCL_CHECK(all_gather(static_cast<char*>(data) + bytes * rank(), data, size_t(bytes), ncclUint8, communicator_, stream));
+    }
+    void do_all_to_all(const void* from, void* to, int64_t bytes, CUstream_st* stream) override {
+#ifdef TRAIN_GPT_NCCL_WINDOWS
+        NCCL_CHECK(all_to_all(from, to, size_t(bytes), ncclUint8, communicator_, stream));
+#else
+        NCCL_CHECK(group_start());
+        for (int r = 0; r < size(); ++r) {
+            NCCL_CHECK(send(static_cast<const char*>(from) + bytes * r, size_t(bytes), ncclUint8, r, communicator_, stream));
+            NCCL_CHECK(receive(static_cast<char*>(to) + bytes * r, size_t(bytes), ncclUint8, r, communicator_, stream));
+        }
+        NCCL_CHECK(group_end());
+#endif
     }
     void do_broadcast(void* data, int64_t bytes, int root, CUstream_st* stream) override {
         NCCL_CHECK(broadcast(data, data, size_t(bytes), ncclUint8, root, communicator_, stream));
