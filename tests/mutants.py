@@ -165,7 +165,7 @@ MUTANTS = [
            "trainer/linear.cpp", "!starts_gradients(position)", "!starts_gradients(position) || true",
            "dev/linear", "linear.dW written"),
     Mutant("head_gradient_overwritten", "class of llm.c's False that is true: the tied gradient keeps the last micro-batch's head only",
-           "trainer/gpu_model.cpp", "const bool accumulate = first > 0 || !starts_gradients(*position);", "const bool accumulate = first > 0;",
+           "trainer/gpu_model.cpp", "const bool accumulate = first > 0 || !starts_gradients(parameters_.unit_position(*position));", "const bool accumulate = first > 0;",
            "dev/engines", "gradients bf16 L2 C64"),
     Mutant("attention_forward_ignores_the_diagonal", "class of a causal mask off by one: a query does not see its own key",
            "kernels/attention/hopper_forward.cu", "- (i / 4 * 8 + i % 2) < 0) s[i] = -INFINITY;", "- (i / 4 * 8 + i % 2) <= 0) s[i] = -INFINITY;",
@@ -405,7 +405,7 @@ def main():
         mutants = [m for m in mutants if m.on_gpu]
     elif options.host:
         mutants = [m for m in mutants if not m.on_gpu]
-    for mutant in mutants:
+    for mutant in MUTANTS:  # also those that are not asked for: a line that has changed must be found out where there is no GPU
         mutated(mutant, (ROOT / mutant.file).read_text())
     if options.list:
         for mutant in mutants:

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kMostCtas[] = {0, 4, 8, 16, 32};             // 0: NCCL's choice
+constexpr int kMostCtas[] = {0, 4, 16};                     // 0: NCCL's choice
 constexpr int kMebibytes[] = {1, 4, 16, 32, 64, 128, 256};  // a block of 1558M: 29 as FP8, 59 as BF16, 117 as FP32 gradients
 constexpr int kBesideMebibytes = 64;
 
@@ -137,6 +137,35 @@ void bench_copies(Report& report, World& world, Table& table) {
     }
 }
 
+// What carries gradients to their slices in the trainer, by NCCL's kernels and by copy engines.
+class Exchange {
+  public:
+    Exchange(World& world, bool copy_engines, int64_t most_bytes)
+        : name_(copy_engines ? "NCCL, zero CTAs" : "NCCL"), ranks_(nccl_split(world, 0, {.copy_engines = copy_engines}, true)), memory_(copy_engines ? ranks_->memory(2 * most_bytes) : nullptr),
+          plain_(memory_ ? 1 : size_t(2 * most_bytes)), from_(memory_ ? static_cast<uint8_t*>(memory_.get()) : plain_.get()), to_(from_ + most_bytes) {
+        CUDA_CHECK(cudaMemset(from_, 0, size_t(2 * most_bytes)));
+    }
+    const char* name() const { return name_; }
+    void run(int64_t bytes, cudaStream_t stream) const { ranks_->all_to_all(from_, to_, bytes / ranks_->size(), stream); }  // bytes in all
+
+  private:
+    const char* const name_;
+    const std::unique_ptr<Communicator> ranks_;
+    const std::shared_ptr<void> memory_;
+    const DeviceBuffer<uint8_t> plain_;
+    uint8_t* const from_;
+    uint8_t* const to_;
+};
+
+void bench_exchanges(Report& report, World& world, Table& table) {
+    for (const bool copy_engines : {false, true}) {
+        const Exchange exchange(world, copy_engines, int64_t(kMebibytes[std::size(kMebibytes) - 1]) << 20);
+        for (const int size : kMebibytes)
+            table.add("all_to_all", exchange.name(), size,
+                      timed(report, world, row("all_to_all", exchange.name(), size, world.size()), [&](int, cudaStream_t s) { exchange.run(int64_t(size) << 20, s); }));
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Beside compute
 
@@ -199,6 +228,10 @@ void bench_beside(Report& report, World& world) {
         const std::unique_ptr<Communicator> ranks = nccl_split(world, 0, {.most_ctas = most_ctas}, true);
         for (const Collective& c : kCollectives) beside.measure(c.name, ctas_text(most_ctas), [&](cudaStream_t s) { c.run(*ranks, data.get(), bytes, s); });
     }
+    for (const bool copy_engines : {false, true}) {
+        const Exchange exchange(world, copy_engines, bytes);
+        beside.measure("all_to_all", exchange.name(), [&](cudaStream_t s) { exchange.run(bytes, s); });
+    }
     for (const Make make : {nccl_copy_gather, peer_copy_gather}) {
         std::string obstacle;
         const std::unique_ptr<CopyGather> gather = make(world, bytes, obstacle);
@@ -257,6 +290,7 @@ void bench_bandwidth(Report& report, World& world) {
     Table table(world.size());
     bench_nccl(report, world, table);
     bench_copies(report, world, table);
+    bench_exchanges(report, world, table);
     table.print();
     bench_beside(report, world);
 }

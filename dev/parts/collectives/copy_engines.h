@@ -1,4 +1,4 @@
-// All-gathers by copy engines, which take no SM from compute: NCCL's own for registered buffers (2.28 and later), and plain
+// All-gathers by copy engines, which take no SM from compute: NCCL's own in its registered memory (2.28 and later), and plain
 // copies into the other ranks' buffers, which each rank has mapped (CUDA IPC). Of ranks on one machine.
 #pragma once
 #include <cuda_runtime.h>
