@@ -112,7 +112,7 @@ def entries():
     train = [train_command(*small, "bf16"), train_command(*small, "tensorwise"), train_command(*small, "tensorwise", "--deterministic"),
              *(train_command(*small, "tensorwise", "--attention", backend) for backend in ("mma", *(["cudnn"] if has_cudnn() else []))),
              train_command(*large, "bf16"), train_command(*large, "tensorwise")]
-    train.append(python_test("train_peers.py"))  # in the same call
+    train.append(python_test("train_peers.py", *os.environ.get("TRAIN_PEERS_OPTIONS", "").split()))  # in the same call
     found.append(Entry("train", [(BENCHMARKS, command) for command in train], ["dev/profile"] + library, ["tests/gpu/train_peers.py"]))
     found.append(Entry("program", [(BENCHMARKS, python_test("program.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
     found.append(Entry("saving", [(BENCHMARKS, python_test("saving.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
