@@ -9,10 +9,15 @@ among the n = N / R ranks of a group, R groups are replicas (--replicate R; "a n
 
 A collective of S bytes over n ranks, p of them on each node (a ring, as NCCL models it):
 
-    time      = fixed + steps + (n - 1)/n x S / speed                       gather, scatter; a reduction of both: twice the rest
+    time      = fixed + steps + (n - 1)/n x S / speed                       gather; a reduction, which scatters too: twice the rest
     steps     = (n - n/p) hops inside nodes + (n/p - 1) hops between nodes   so it grows with the ranks, and with every collective
     tree      = 2 (p hops inside + log2(n/p) hops between)                   instead of a reduction's ring, where that is shorter
     speed     = the smaller of `bus`, measured inside a node, and links / 8 x p x 50 GB/s x 0.85 between nodes
+
+A scatter of gradients is an exchange: every rank sends each other its part of the slice, and they are added where they arrive. So nothing
+is added up on the way, and what leaves a node is p times a ring's:
+
+    time      = fixed + hop + (n - p)/8 hops between + the longer of (p - 1)/n x S / bus and (n - p)/n x S / (links / 8 x 50 GB/s x 0.85)
 
     fixed and bus come from the measured microseconds: the straight line through them (least squares of relative errors).
 
@@ -25,16 +30,17 @@ One communication stream, in program order; a unit is a block, or embedding and 
                 gathered once a step; their gradients are scattered behind the next micro-batch's forward
     exposed     = first gathers + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
     SMs taken   = TAKEN x the part of the communication that is hidden: while it runs, compute is that much slower
-    kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element), sums of scattered gradients (8 + 4 bytes of the
-                shard, 6 more of the unit where they travel in BF16); a step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
+    kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element); sums of what arrived (all ranks' parts, as wide as they
+                travel, and 8 bytes of the shard, 6 more of the unit where they travel in BF16): full a micro-batch, optimizer a step; a
+                step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
 
 Efficiency is against one GPU that holds everything: above 100 % where the shared optimizer saves more than communication costs.
 
 Memory is masters and moments (12 bytes a parameter of the shard), gradients (4 bytes: of the shard and two units for full, of all
-otherwise), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
+otherwise; of the largest unit where they arrive), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
 and 2.5 to 3.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
 
-Measured: MFU, copy speed, collectives. Assumed: the hops (NCCL's own constants), 0.85, the same MFU for larger shapes, no stragglers, no
+Measured: MFU, copy speed, collectives. Assumed: the hops (NCCL's own constants), 8 messages of an exchange at a time, 0.85, the same MFU for larger shapes, no stragglers, no
 congestion. Where tokens a GPU are few, MFU is not what was measured with many.
 """
 import argparse
@@ -50,11 +56,12 @@ MFU = {"fp8": 0.726,         # one H100 80GB HBM3: 1558M, micro-batch 16, tensor
 COPY = 3.02e12               # one H100, bytes read and written a second (the copy of tests/gpu_report/quantize.json)
 MEMORY_GIB = 79.0
 # Microseconds of one collective of so many MiB over 2 ranks (`dev/collectives bench`), by --shard, whose bounds of CTAs differ
-# (trainer/parallel.cpp): two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs in both. Not measured yet: 8 CTAs, for full.
+# (trainer/parallel.cpp): two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs in both. Not measured yet: copy engines, which carry
+# gathers and exchanges inside a node, and 16 CTAs, for full. The exchange has reduce_scatter's figures.
 GATHER_US = {"optimizer": {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}}
 SCATTER_US = {"optimizer": {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}}  # FP32
 GATHER_US["full"], SCATTER_US["full"] = GATHER_US["optimizer"], SCATTER_US["optimizer"]
-CTAS = {"optimizer": 32, "full": 8}
+CTAS = {"optimizer": 32, "full": 16}
 TAKEN = {"optimizer": None, "full": None}  # what the same bench prints as lost of the communication's time; None: not measured, CTAs / 132
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,6 +70,7 @@ TAKEN = {"optimizer": None, "full": None}  # what the same bench prints as lost 
 NODE = 8                     # GPUs
 LINK, LINK_SHARE = 50e9, 0.85  # 400 Gb/s, and what a collective gets of it
 HOP_INSIDE, HOP_BETWEEN = 3.4e-6, 14e-6  # a ring's step in NCCL's tuning, Simple protocol: NVLink, network
+AT_ONCE = 8                    # messages of an exchange
 SMS = 132
 OTHER_GIB, NCCL_GIB = 2.5, 1.0  # scratch, library workspaces, logits; NCCL's buffers
 
@@ -145,7 +153,7 @@ def speed_between(per_node, links):
 
 
 def ring(table, size, ranks, per_node, links):
-    """Seconds of a gather or scatter of `size` bytes in all."""
+    """Seconds of a gather of `size` bytes in all."""
     if ranks == 1:
         return 0.0
     nodes = ranks // per_node
@@ -153,6 +161,16 @@ def ring(table, size, ranks, per_node, links):
     if nodes > 1:
         speed = min(speed, speed_between(per_node, links)) if per_node > 1 else speed_between(1, links)
     return fixed + (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN + (ranks - 1) / ranks * size / speed
+
+
+def exchange(table, size, ranks, per_node, links):
+    """Seconds in which every rank of a group sends each other its part of `size` bytes; the groups of a node do so at the same time."""
+    if ranks == 1:
+        return 0.0
+    fixed, speed = fitted(table)
+    away = ranks - per_node
+    inside, between = (per_node - 1) / ranks * size / speed, away / ranks * size / speed_between(1, links)
+    return fixed + HOP_INSIDE + away / AT_ONCE * HOP_BETWEEN + max(inside, between)
 
 
 def reduction(table, size, ranks, per_node, links):
@@ -180,7 +198,7 @@ def unit_times(s, elements, weight_bytes):
     replicas_per_node = min(s.replicas, NODE // per_node)
     gather, scatter = GATHER_US[s.mode], SCATTER_US[s.mode]
     return Unit(ring(gather, elements * weight_bytes, s.ranks, per_node, s.links),
-                ring(scatter, elements * s.gradient_bytes, s.ranks, per_node, s.links),
+                exchange(scatter, elements * s.gradient_bytes, s.ranks, per_node, s.links),
                 reduction(scatter, elements * 4 / s.ranks, s.replicas, replicas_per_node, s.links))
 
 
@@ -206,18 +224,24 @@ class Step:
         self.exposed += times * max(0.0, communication - compute)
 
 
+def sums_of_arrived(s):
+    """Seconds for all gradients once."""
+    if s.ranks == 1:
+        return 0.0
+    return s.shape.parameters * (s.gradient_bytes + 8 / s.ranks + (6 if s.gradient_bytes == 2 else 0)) / COPY
+
+
 def per_step_kernels(s):
     held = s.shape.parameters / s.ranks
-    return held * (28 + 4 + 5) / COPY
+    return held * (28 + 4 + 5) / COPY + (sums_of_arrived(s) if s.mode == "optimizer" else 0.0)
 
 
 def micro_batch_kernels(s):
-    """Only where weights and gradients are sharded: transposed copies, sums of what was scattered."""
+    """Only where weights and gradients are sharded: transposed copies, sums of what arrived."""
     if s.mode != "full" or s.ranks == 1:
         return 0.0
     transposes = 2 * s.shape.layers * s.shape.block if s.weight_bytes == 1 else 0
-    sums = s.shape.parameters / s.ranks * (8 + s.gradient_bytes) + (6 * s.shape.parameters if s.gradient_bytes == 2 else 0)
-    return (transposes + sums) / COPY
+    return transposes / COPY + sums_of_arrived(s)
 
 
 def step(s):
@@ -254,6 +278,8 @@ def memory_gib(s):
         held = shape.parameters / ranks * 4 + bodies / ranks * s.weight_bytes + shape.embeddings / ranks * 2 + buffers
     else:
         held = shape.parameters * 4 + bodies * 2 + shape.embeddings * 2
+    if ranks > 1:
+        held += max(shape.block, shape.head) * s.gradient_bytes
     return (state + held + saved) / 2**30 + OTHER_GIB + (NCCL_GIB if s.gpus > 1 else 0)
 
 

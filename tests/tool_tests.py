@@ -143,6 +143,11 @@ def models_weak_scaling():
         return model.Setting(shape[name], gpus, mode, **more)
     times = [model.ring(model.GATHER_US["full"], 2**20, n, min(n, 8), 8) for n in (2, 8, 16, 128, 1024)]
     assert times == sorted(times) and times[-1] > 40 * times[0], f"a ring's latency grows with its ranks: {times}"
+    large, of_scatter = 2**30, model.SCATTER_US["full"]
+    in_node, between = ([f(of_scatter, large, n, 8, 8) for f in (model.exchange, model.ring)] for n in (8, 64))
+    assert abs(in_node[0] / in_node[1] - 1) < 0.02, f"an exchange inside a node moves a ring's bytes: {in_node}"
+    per_link = large * 56 / 64 / (model.LINK * model.LINK_SHARE)
+    assert per_link <= between[0] < 1.05 * per_link and between[0] > 4 * between[1], f"nothing is added up before it leaves the node: {between}, {per_link}"
     full, few_links = (model.step(setting("8B", 16, "full", links=links)) for links in (8, 1))
     assert few_links.exposed > 2 * full.exposed, "one link of 400 Gb/s for a node limits"
     assert model.efficiency(setting("gpt2-1558M", 1024, "full", replicas=128)) > 2 * model.efficiency(setting("gpt2-1558M", 1024, "full")), "shards inside a node"
