@@ -24,15 +24,16 @@ is added up on the way, and what leaves a node is p times a ring's:
 One communication stream, in program order; a unit is a block, or embedding and head (their bytes count as any unit's):
 
     optimizer   reduction of each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the
-                blocks below it, in the last micro-batch; gather of each unit behind the next step's first forward
+                blocks below it, in the last micro-batch; gather of each unit after the cast, before the next step begins: only the transposed
+                copies of the blocks before it run beside it
     full        every micro-batch gathers each block before its forward and again before its backward, one ahead of it, and scatters its
                 gradients behind the backward of the next; replicas reduce the shards in the last micro-batch. Embedding and head are
                 gathered once a step; their gradients are scattered behind the next micro-batch's forward
     exposed     = first gathers + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
     SMs taken   = TAKEN x the part of the communication that is hidden: while it runs, compute is that much slower
-    kernels     full: a transposed copy of each unit a micro-batch (2 bytes an element); sums of what arrived (all ranks' parts, as wide as they
-                travel, and 8 bytes of the shard, 6 more of the unit where they travel in BF16): full a micro-batch, optimizer a step; a
-                step: AdamW (28 bytes), norm (4), casts (5) of what the rank holds
+    kernels     full a micro-batch, optimizer a step: a transposed copy of each block (2 bytes an element); sums of what arrived (all ranks'
+                parts, as wide as they travel, and 8 bytes of the shard, 6 more of the unit where they travel in BF16). A step: AdamW
+                (28 bytes), norm (4), casts (5) of what the rank holds
 
 Efficiency is against one GPU that holds everything: above 100 % where the shared optimizer saves more than communication costs.
 
@@ -224,24 +225,22 @@ class Step:
         self.exposed += times * max(0.0, communication - compute)
 
 
-def sums_of_arrived(s):
-    """Seconds for all gradients once."""
+def transposed_copy(s):
+    """Seconds for a block's."""
+    return 2 * s.shape.block / COPY if s.weight_bytes == 1 else 0.0
+
+
+def sharding_kernels(s):
+    """Transposed copies of what was gathered, sums of what arrived: once each."""
     if s.ranks == 1:
         return 0.0
-    return s.shape.parameters * (s.gradient_bytes + 8 / s.ranks + (6 if s.gradient_bytes == 2 else 0)) / COPY
+    sums = s.shape.parameters * (s.gradient_bytes + 8 / s.ranks + (6 if s.gradient_bytes == 2 else 0)) / COPY
+    return s.shape.layers * transposed_copy(s) + sums
 
 
 def per_step_kernels(s):
     held = s.shape.parameters / s.ranks
-    return held * (28 + 4 + 5) / COPY + (sums_of_arrived(s) if s.mode == "optimizer" else 0.0)
-
-
-def micro_batch_kernels(s):
-    """Only where weights and gradients are sharded: transposed copies, sums of what arrived."""
-    if s.mode != "full" or s.ranks == 1:
-        return 0.0
-    transposes = 2 * s.shape.layers * s.shape.block if s.weight_bytes == 1 else 0
-    return transposes / COPY + sums_of_arrived(s)
+    return held * (28 + 4 + 5) / COPY
 
 
 def step(s):
@@ -249,7 +248,7 @@ def step(s):
     rate = (MFU["fp8"] if s.weight_bytes == 1 else MFU["bf16"]) * PEAK
     block, head = shape.block_flops() * shape.micro_batch / rate, shape.head_flops() * shape.micro_batch / rate
     f, b = block / 3, block * 2 / 3
-    result = Step(compute=k * (L * block + head), kernels=per_step_kernels(s) + k * micro_batch_kernels(s))
+    result = Step(compute=k * (L * block + head), kernels=per_step_kernels(s) + (k if s.mode == "full" else 1) * sharding_kernels(s))
     unit, edge = unit_times(s, shape.block, s.weight_bytes), unit_times(s, shape.embeddings, 2)  # embeddings are BF16 always
     if s.mode == "full":
         result.exposed += edge.gather + unit.gather
@@ -263,7 +262,7 @@ def step(s):
         result.beside(unit.scatter + unit.replicate, b, L - 1)
         result.exposed += unit.scatter + unit.replicate + edge.scatter + edge.replicate
         result.exposed += edge.gather
-        result.beside(unit.gather, f, L)
+        result.beside(unit.gather, transposed_copy(s), L)
     result.taken = (CTAS[s.mode] / SMS if TAKEN[s.mode] is None else TAKEN[s.mode]) * result.hidden
     return result
 
@@ -292,7 +291,7 @@ def efficiency(s):
 
 
 def rows(a):
-    for shape in SHAPES:
+    for shape in (dataclasses.replace(shape, micro_batch=min(shape.micro_batch, a.tokens)) for shape in SHAPES):
         for mode, hybrid in (("optimizer", False), ("full", False), ("full", True)):
             for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
                 replicas = gpus // NODE if hybrid else 1

@@ -151,6 +151,8 @@ def models_weak_scaling():
     full, few_links = (model.step(setting("8B", 16, "full", links=links)) for links in (8, 1))
     assert few_links.exposed > 2 * full.exposed, "one link of 400 Gb/s for a node limits"
     assert model.efficiency(setting("gpt2-1558M", 1024, "full", replicas=128)) > 2 * model.efficiency(setting("gpt2-1558M", 1024, "full")), "shards inside a node"
+    gathered = 0.5 * 1.47e9 / model.fitted(model.GATHER_US["optimizer"])[1]  # of two ranks; nothing but transposed copies runs beside it
+    assert model.step(setting("gpt2-1558M", 2, "optimizer")).exposed > 0.6 * gathered, "weights are gathered before the next step begins"
     full = model.step(setting("8B", 8, "full"))
     assert full.hidden > full.taken > 0 and full.seconds == full.compute + full.kernels + full.exposed + full.taken
     assert model.memory_gib(setting("8B", 8, "optimizer")) > model.MEMORY_GIB > model.memory_gib(setting("8B", 8, "full"))
@@ -160,6 +162,9 @@ def models_weak_scaling():
     assert model.step(dataclasses.replace(setting("gpt2-1558M", 8, "full"), shape=wider)).exposed > 3 * model.step(setting("gpt2-1558M", 8, "full")).exposed
     said = subprocess.run([sys.executable, str(ROOT / "dev/weak_scaling.py"), "--links", "1"], capture_output=True, text=True)
     assert said.returncode == 0 and "does not fit" in said.stdout and len(said.stdout.splitlines()) > 60, said.stderr
+    few = subprocess.run([sys.executable, str(ROOT / "dev/weak_scaling.py"), "--tokens", "8192"], capture_output=True, text=True).stdout.splitlines()
+    step_ms, rate = (float(few[6].split()[i]) for i in (4, 9))
+    assert abs(step_ms * rate / 8192e3 - 1) < 0.01, f"fewer tokens than a micro-batch of the table: {few[6]}"
 
 
 def tests():
