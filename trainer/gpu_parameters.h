@@ -6,7 +6,8 @@
 //
 //   --shard     unit's weights                                transposed FP8 copies       gradients that backward writes
 //   none        all, cast with their transposes               all                         all
-//   optimizer   all, slices cast here, the rest gathered      all, rebuilt an update      all
+//   optimizer   all, slices cast here, the rest gathered      all, rebuilt with the       all
+//                                                             first micro-batch
 //   gradients   as optimizer                                  as optimizer                two blocks', and the embedding's
 //   full        slices; two blocks' buffers in turn, and      of one block, rebuilt       two blocks', and the embedding's
 //               the embedding's                               before its backward
@@ -107,7 +108,7 @@ class GpuParameters {
     void poison() const;
 
     void gather(int unit, cudaStream_t stream) const;
-    void transpose(int unit, const uint32_t* skip, cudaStream_t stream) const;
+    void transpose(int unit, cudaStream_t stream) const;
     void reduce(int unit, Position position, cudaStream_t stream) const;
     void reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const;
     void reduce_over_replicas(const Place& place, cudaStream_t stream) const;

@@ -23,7 +23,7 @@ void GpuParameters::execute(const Operation& operation, Position position, cudaS
             for (const int unit : units_of(operation.layer)) gather(unit, stream);
             return;
         case Task::transpose:
-            for (const int unit : units_of(operation.layer)) transpose(unit, skip_, stream);
+            for (const int unit : units_of(operation.layer)) transpose(unit, stream);
             return;
         case Task::reduce:
             for (const int unit : units_of(operation.layer)) reduce(unit, position, stream);
@@ -50,9 +50,9 @@ void GpuParameters::gather(int unit, cudaStream_t stream) const {
     group().all_gather(place.weights, place.slice_bytes(), stream);
 }
 
-void GpuParameters::transpose(int unit, const uint32_t* skip, cudaStream_t stream) const {
+void GpuParameters::transpose(int unit, cudaStream_t stream) const {
     const Place& place = places_[size_t(unit)];
-    if (place.fp8) transpose_codes(place.transposes, place.matrices, place.transposed_tiles, skip, stream);
+    if (place.fp8) transpose_codes(place.transposes, place.matrices, place.transposed_tiles, nullptr, stream);
 }
 
 void GpuParameters::cast(cudaStream_t stream) const {
@@ -223,9 +223,9 @@ uint64_t GpuParameters::weights_digest(cudaStream_t stream) {
         for (const uint8_t byte : host) hash = (hash ^ byte) * 0x100000001b3u;
     };
     const auto bring = [&](int unit) {
-        if (unit < 0 || !shape_.gathers) return;
+        if (unit < 0 || !shape_.sharded) return;
         gather(unit, stream);
-        transpose(unit, nullptr, stream);
+        transpose(unit, stream);
     };
     for (size_t i = 0; i < list_.all.size(); ++i) {
         if (slot_index_[i] >= 0) continue;

@@ -13,9 +13,9 @@ class Builder {
     void forward(bool continues) {
         const int buffers = shape_.buffers();
         int embedding_gathered = kNothing;
-        if (shape_.gathers && !continues) {
+        if (shape_.sharded && !continues) {
             embedding_gathered = add(Task::gather, kEmbedding);
-            for (int layer = 0; layer < buffers; ++layer) gather(layer, kNothing);
+            for (int layer = 0; layer < (shape_.gathers ? buffers : shape_.layers); ++layer) gather(layer, kNothing);
         }
         if (shape_.partial && continues) earlier_reduced_ = add(Task::reduce_earlier, kEmbedding);
         add(Task::embed, kEmbedding, embedding_gathered);
@@ -29,11 +29,12 @@ class Builder {
     void backward(Position position) {
         const int buffers = shape_.buffers();
         const bool completes = completes_gradients(position), reduces = shape_.partial || (shape_.reduces_units && completes);
+        const bool transposes = shape_.transposes && (shape_.gathers || (shape_.sharded && starts_gradients(position)));
         std::fill(gathered_.begin(), gathered_.end(), kNothing);
         add(Task::head, kEmbedding, earlier_reduced_);
         for (int layer = shape_.layers - 1; layer >= 0; --layer) {
             const int gathered = gathered_[size_t(layer)];
-            if (shape_.gathers && shape_.transposes) add(Task::transpose, layer, gathered);
+            if (transposes) add(Task::transpose, layer, gathered);
             const int buffer_free = shape_.partial && layer + buffers < shape_.layers ? reduced_[size_t(layer + buffers)] : kNothing;
             const int used = add(Task::backward, layer, std::max(gathered, buffer_free));
             if (shape_.gathers && layer - buffers >= 0) gather(layer - buffers, used);
@@ -50,12 +51,7 @@ class Builder {
     }
 
     void refresh() {
-        const int cast = add(Task::cast, kEmbedding, shape_.sharded ? add(Task::reduce_amaxes, kEmbedding, updated_) : kNothing);
-        if (!shape_.sharded || shape_.gathers) return;
-        add(Task::gather, kEmbedding, cast);
-        for (int layer = 0; layer < shape_.layers; ++layer) gather(layer, kNothing);
-        if (!shape_.transposes) return;
-        for (int layer = 0; layer < shape_.layers; ++layer) add(Task::transpose, layer, gathered_[size_t(layer)]);
+        add(Task::cast, kEmbedding, shape_.sharded ? add(Task::reduce_amaxes, kEmbedding, updated_) : kNothing);
     }
 
     Schedule take() { return std::move(schedule_); }

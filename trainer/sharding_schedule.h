@@ -5,6 +5,9 @@
 // and with it for all that come before that one. Both streams start together and have ended when the schedule has. A schedule depends on nothing that
 // differs between ranks, so all of them enqueue their collectives in one order.
 //
+// Weights that stay are gathered with the first micro-batch after an update, all one behind the other, so that they travel beside
+// the forward pass; its backward pass transposes them. Every pass of an evaluation gathers them as well.
+//
 // With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward. So the last
 // blocks of the forward pass need not be gathered again, nor need the first ones, and the embedding, in the next micro-batch of
 // a step. As soon as a buffer is free the next block's gather follows: ahead of the compute of the block before it. Gradients
@@ -46,7 +49,7 @@ using Schedule = std::vector<Operation>;
 struct ShardingShape {
     int layers;
     bool sharded = false;          // masters, moments and the optimizer's gradients are slices
-    bool gathers = false;          // weights are gathered whenever they are used; otherwise once an update
+    bool gathers = false;          // weights are gathered whenever they are used; otherwise they stay
     bool partial = false;          // gradients are reduced every micro-batch
     bool reduces_units = false;    // over a group or over replicas
     bool reduces_rest = false;
@@ -59,6 +62,6 @@ ShardingShape sharding_shape(const Parallel& parallel, int layers, bool transpos
 
 Schedule forward_schedule(const ShardingShape& shape);
 Schedule micro_batch_schedule(const ShardingShape& shape, Position position);
-// The weights as multiplied, from new masters.
+// This rank's part of the weights as multiplied, from new masters.
 Schedule refresh_schedule(const ShardingShape& shape);
 Schedule optimizer_schedule(const ShardingShape& shape);
