@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int kSteps = 4;
+constexpr int kSteps = 5;
 
 struct Setting {
     std::string recipe = "tensorwise";
@@ -106,18 +106,24 @@ class Side {
         parameters_.load(state, stream_);
         fake_gpu::run_all();
     }
+    struct Step {
+        int number;
+        float loss_limit;
+        bool nonfinite = false;  // a micro-batch has met a value that is not
+    };
     // Enqueues them. `expected`: a side whose weights these must be wherever they are used.
-    void micro_batches(int step, int first, int count, float loss_limit, Side* expected) {
-        fake_gpu::enqueue(stream_, [this, loss_limit] {
+    void micro_batches(const Step& step, int first, int count, Side* expected) {
+        fake_gpu::enqueue(stream_, [this, loss_limit = step.loss_limit, nonfinite = step.nonfinite] {
             StepState fresh{};
             fresh.loss_sum = 0.5f;
+            fresh.nonfinite = nonfinite;
             fresh.in.loss_limit = loss_limit;
             std::memcpy(static_cast<void*>(state_), static_cast<const void*>(&fresh), offsetof(StepState, adam_t));
         });
         for (int i = 0; i < count; ++i) {
             const Position position = position_of(i, count);
             if (starts_gradients(position)) parameters_.clear_added_gradients(stream_);
-            run(micro_batch_schedule(parameters_.shape(), position), {position, step, first + i, expected});
+            run(micro_batch_schedule(parameters_.shape(), position), {position, step.number, first + i, expected});
         }
     }
     void update() {
@@ -224,7 +230,7 @@ void expect_same_state(Side& side, Side& one, const Held& held) {
                     "%s: other masters or moments than one rank's", one.list()[piece.parameter].name.c_str());
 }
 
-// Three micro-batches a rank and step, or one; the third step is skipped.
+// Three micro-batches a rank and step, or one. The third step is skipped for its loss, the fourth for what the last rank alone has met.
 void train(World& world, const Setting& s) {
     fake_gpu::seed(uint32_t(world.rank() * 100 + int(s.shard)));
     EngineOptions options = options_of(s);
@@ -239,16 +245,17 @@ void train(World& world, const Setting& s) {
     REQUIRE(side.digest() == one.digest(), "other weights than one rank's after loading");
     for (int step = 0; step < kSteps; ++step) {
         const int own = step % 2 ? 1 : 3;
-        const bool skipped = step == 2;
-        const float limit = skipped ? 0 : INFINITY;
+        const bool outlier = step == 2, nonfinite = step == 3, skipped = outlier || nonfinite, last = world.rank() == world.size() - 1;
+        const Side::Step in{.number = step, .loss_limit = outlier ? 0 : INFINITY, .nonfinite = nonfinite};
+        const Side::Step of_rank{.number = step, .loss_limit = in.loss_limit, .nonfinite = nonfinite && last};
         if (step == 0) {
-            side.micro_batches(step, world.rank() * own, own, limit, &one);
-            one.micro_batches(step, 0, own * world.size(), limit, nullptr);
+            side.micro_batches(of_rank, world.rank() * own, own, &one);
+            one.micro_batches(in, 0, own * world.size(), nullptr);
             REQUIRE(side.gradients() == one.gradients(), "other gradients than one rank's");
         }
-        side.micro_batches(step, world.rank() * own, own, limit, &one);
+        side.micro_batches(of_rank, world.rank() * own, own, &one);
         side.update();
-        one.micro_batches(step, 0, own * world.size(), limit, nullptr);
+        one.micro_batches(in, 0, own * world.size(), nullptr);
         one.update();
         const double norm_off = std::fabs(double(side.state().grad_norm) / double(one.state().grad_norm) - 1);
         REQUIRE(norm_off < 1e-6, "gradient norm %g, one rank's %g", double(side.state().grad_norm), double(one.state().grad_norm));
