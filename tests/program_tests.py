@@ -347,6 +347,7 @@ def kill_at_random_moments(kills, steps=30):
                 error = process.communicate(timeout=300)[1]
                 was_done = process.returncode == 1 and "nothing to do" in error  # killed between its last save and its end
                 assert process.returncode in (0, -9) or was_done, f"after {done} kills: exit status {process.returncode}: {error}"
+                assert "passed over" not in error, f"after {done} kills: a kill left a checkpoint that does not load: {error}"
                 finished = process.returncode == 0 or was_done
             assert checkpoint_bytes(folder, steps) == expected, f"run {run} after {done} kills ends with other bits"
             logged = [r["step"] for r in records(folder, "step")]
