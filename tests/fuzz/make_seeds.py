@@ -86,6 +86,13 @@ def jsonl_files():
     yield "not_utf8", b'{"text": "\xff\xc3\xa9\xed\xa0\x80"}'
 
 
+def questions_files():
+    yield "good", (pathlib.Path(__file__).resolve().parents[1] / "data/questions.jsonl").read_bytes()[:1000]
+    yield "hellaswag", b'{"ind": 4, "ctx": "a \\u00e9", "endings": ["b", "c", "d"], "label": "2", "split": "val"}\n \r\n'
+    yield "wrong", b'{"context": "a", "endings": ["b", ""], "label": 18446744073709551615}'
+    yield "deep", b'{"context": "a", "endings": ' + b"[" * 2000
+
+
 def zstd_frame(text):
     """One raw block: RFC 8878 with a single segment and a content size of one byte."""
     return b"\x28\xb5\x2f\xfd\x20" + bytes([len(text)]) + struct.pack("<I", len(text) << 3 | 1)[:3] + text
@@ -114,7 +121,7 @@ def main():
     parser.add_argument("--config", type=pathlib.Path, help="a resolved configuration, as --print-config prints it")
     arguments = parser.parse_args()
     seeds = {"token_file": token_files(), "safetensors": safetensors_files(), "checkpoint": checkpoint_files(), "ranks": ranks_files(),
-             "jsonl": jsonl_files(), "packed": packed_files(), "config": config_files(arguments.config)}
+             "jsonl": jsonl_files(), "questions": questions_files(), "packed": packed_files(), "config": config_files(arguments.config)}
     for target, files in seeds.items():
         folder = arguments.folder / target
         folder.mkdir(parents=True, exist_ok=True)
