@@ -153,7 +153,7 @@ shards/cuda_headers/meta.json: | data/prepare
 
 RUN_GPU := --model gpt2-124M --vocab-size 257 --seq-len 1024 --micro-batch 32 --global-batch-tokens 131072 --steps 150 \
            --lr 6e-4 --warmup-steps 20 --eval-every 50 --recipe tensorwise
-RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 1000 --lr 3e-3 --warmup-steps 40 \
+RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 1000 --lr 3e-3 \
            --eval-every 200 --eval-tokens 65536 --recipe tensorwise --log-every 25
 .PHONY: run
 run: all shards/cuda_headers/meta.json
@@ -221,7 +221,7 @@ deps-check:
 clean:
 	rm -rf build train_gpt_fp8 $(DATA_PROGRAMS:%=data/%)
 help:
-	@echo "make                  build train_gpt_fp8 and data/prepare (ARCH=80: BF16 only, for sm_80 cards)"
+	@echo "make                  build train_gpt_fp8, data/prepare and data/inspect (ARCH=80: BF16 only, for sm_80 cards)"
 	@echo "make run              train the default model on the default corpus (ARGS=... adds options)"
 	@echo "make test             every test that this machine can run"
 	@echo "make check-NAME       correctness of one kernel on the GPU; bench-NAME its speed; NAME in: $(DEV_PROGRAMS)"
@@ -230,5 +230,9 @@ help:
 	@echo "make data-NAME        prepare shards/NAME from a corpus: $(CORPORA) (the last: FOLDER=your text)"
 	@echo "make fuzz             fuzz every parser (FUZZ_SECONDS=60 each; needs clang)"
 	@echo "make plot RUNS=...    draw runs to runs.png: loss, learning rate, norm, tokens/s (PNG=...)"
+	@echo "make options          remake OPTIONS.md, the table of every option"
+	@echo "make mutants          plant bugs, each of which a test must find"
+	@echo "make learning         the long comparison with PyTorch on a GPU (tests/gpu/README.md)"
 	@echo "make layers           check the direction of includes"
 	@echo "make attention-archs  compile the attention path of every GPU for sm_80, 89, 90a and 120"
+	@echo "make clean            remove what was built"

@@ -11,8 +11,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```sh ci\n(.*?)^```$", re.M | re.S)
 WRITTEN = {"runs", "shards", "build"}  # of these the scratch folder has its own
 # A newcomer must see each of these work; the README cannot lose one unnoticed.
-SHOWN = ("data/prepare", "--help", "--config", "--resume", "--init-from", "--profile", "--generate", "--verify", "--dry-run", "--sample-every", "--multiple-choice",
-         "make plot")
+SHOWN = ("data/prepare", "data/inspect", "--help", "--print-config", "--config", "--resume", "--init-from", "--profile", "--generate", "--evaluate", "--verify",
+         "--dry-run", "--micro-batch auto", "--sample-every", "--multiple-choice", "make plot")
+# What a command with this text must print: that it did what the README says of it.
+PRINTS = {"--help": "--micro-batch", "--verify": "verify: ok", "--dry-run": "a step,", "--resume auto": "start   step 20 of runs/bf16",
+          "--init-from": "start   weights of runs/mine", "--sample-every": "sample 1 after step 10 | void ", "--generate": "--- sample 2", "--evaluate": "val loss",
+          "--multiple-choice": "accuracy", "--profile": "of ceiling", "data/inspect": "documents", "--steps 60": "step 60/60", "make plot": "drew 2 runs"}
 
 
 class Skipped(Exception):
@@ -44,6 +48,8 @@ def run(command, folder):
         raise Skipped(lacks[1])
     assert done.returncode == 0, f"exit status {done.returncode}: {(done.stdout + done.stderr)[-1500:]}"
     assert done.stdout.strip() or " > " in command, "it printed nothing"
+    for text, printed in PRINTS.items():
+        assert text not in command or printed in done.stdout, f"it did not print {printed!r}: {done.stdout[-1500:]}"
 
 
 def tests():
