@@ -292,6 +292,9 @@ void check_mode(Report& report, const Case& c, const Alone& alone, const Mode& m
     const auto run = [&](bool graphs) { return train(spread(alone.options, mode, graphs), alone.start, alone.list, ranks, c.micro_batches); };
     const Outcome first = run(true);
     const Outcome& one = alone.outcome;
+    // Of groups of several ranks, which mpirun puts on one machine: otherwise the slower way would be taken in silence.
+    const Communicator& group = *parallel_of(mode).group;
+    if (group.size() > 1) report.expect("copy engines", text, group.copies(), "carry gathers and slices of gradients");
     report.expect("weights of equal masters", text, first.digest_at_start == one.digest_at_start, message("%016llx", (unsigned long long)first.digest_at_start));
     report.expect("logits, losses of tokens", text, same_bits(first.evaluated, one.evaluated), "equal bitwise");
     report.expect("no step skipped", text, !first.skipped, "none");

@@ -108,9 +108,9 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         }
         for (const Record& r : records_) {
             const int entry = entry_of(r);
-            // Copy engines' collectives are copies; whether CUPTI calls them copies between peers depends on how the memory is mapped.
-            const bool copies_for_ranks = r.work == Work::other && r.name.starts_with("copy") && marks_.phase(entry) == "communication";
-            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), copies_for_ranks ? Work::communication : r.work});
+            // Copy engines' collectives are copies, and ranks' sums are kernels of ours: all that is enqueued for the ranks counts.
+            const bool for_ranks = marks_.phase(entry) == "communication";
+            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), for_ranks ? Work::communication : r.work});
         }
         return summarize(std::move(records), marks_, double(steps));
     }

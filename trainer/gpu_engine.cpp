@@ -95,7 +95,10 @@ GpuEngine::GpuEngine(const EngineOptions& options)
     const std::string unpinned = gemm_.pin_failure();
     if (!unpinned.empty()) std::fprintf(stderr, "note: --deterministic: %s: bits may differ from the run that saved the checkpoint\n", unpinned.c_str());
     arena_.allocate();
-    communicating_.allocate([&](size_t bytes) { return options_.parallel.group->memory(int64_t(bytes)); });
+    {
+        const Watch::Waiting waiting(options_.parallel.watch, "memory that ranks share");
+        communicating_.allocate([&](size_t bytes) { return options_.parallel.group->memory(int64_t(bytes)); });
+    }
     parameters_.bind(state_);
     model_.bind(state_);
     for (Staging& s : staging_) {

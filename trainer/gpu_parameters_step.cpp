@@ -72,16 +72,26 @@ void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) con
     if (completes_gradients(position)) reduce_over_replicas(place, stream);
 }
 
-// The sum over the group of this rank's slice, alone or added to what earlier micro-batches left. Slices travel as they are, by
-// copy engines where NCCL can: its reduce_scatter takes SMs from the GEMMs beside it. They are added in FP32 in the order of
-// the ranks, so with BF16 every rank's gradient is rounded once, however many ranks there are.
+// The sum over the group of this rank's slice, alone or added to what earlier micro-batches left.
 void GpuParameters::reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const {
     const Mark mark("reduce_scatter");
-    const bool narrow = options_.parallel.gradient_element == Element::bf16;
+    const Element element = options_.parallel.gradient_element;
+    const bool narrow = element == Element::bf16;
     if (narrow) round_to_bf16(place.gradients, wire_, place.elements, stream);
-    group().all_to_all(narrow ? static_cast<const void*>(wire_) : place.gradients, arrived_, place.slice * bytes_of(options_.parallel.gradient_element), stream);
-    accumulate({.sum = place.reduced, .add = arrived_, .dtype = narrow ? Dtype::bf16 : Dtype::f32, .add_to_sum = adds, .n = place.slice, .parts = group().size(),
-                .stride = place.slice}, stream);
+    void* const sent = narrow ? static_cast<void*>(wire_) : place.gradients;
+    const int64_t bytes = place.slice * bytes_of(element);
+    Accumulate sum{.sum = place.reduced, .add = arrived_, .dtype = narrow ? Dtype::bf16 : Dtype::f32, .add_to_sum = adds, .n = place.slice};
+    if (group().copies()) {
+        // Slices travel as they are: NCCL's sums would take SMs from the GEMMs beside them. They are added in FP32 in the order of the ranks,
+        // so with BF16 every rank's gradient is rounded once, however many ranks there are.
+        group().all_to_all(sent, arrived_, bytes, stream);
+        sum.parts = group().size(), sum.stride = place.slice;
+        return accumulate(sum, stream);
+    }
+    // Between machines NCCL's sums on the way save the network most of the bytes.
+    group().reduce_scatter(sent, place.slice, element, stream);
+    sum.add = static_cast<char*>(sent) + bytes * group().rank();
+    if (sum.add != sum.sum) accumulate(sum, stream);
 }
 
 void GpuParameters::reduce_over_replicas(const Place& place, cudaStream_t stream) const {

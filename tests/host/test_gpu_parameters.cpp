@@ -25,6 +25,7 @@ struct Setting {
     Shard shard = Shard::full;
     int replicate = 1;
     Element element = Element::f32;
+    bool copies = true;  // slices of gradients travel as they are; otherwise the collective adds
 
     std::string text() const {
         return message("%s, %d layers, ffn %d, %d ranks, mode %d, %d groups, %s", recipe.c_str(), layers, ffn_dim, ranks, int(shard), replicate, element == Element::f32 ? "f32" : "bf16");
@@ -34,7 +35,8 @@ struct Setting {
 // Host collectives on the stand-in's streams.
 class StreamCommunicator final : public Communicator {
   public:
-    explicit StreamCommunicator(std::shared_ptr<Communicator> host) : Communicator(host->rank(), host->size(), true), host_(std::move(host)) {}
+    StreamCommunicator(std::shared_ptr<Communicator> host, bool copies) : Communicator(host->rank(), host->size(), true), host_(std::move(host)), copies_(copies) {}
+    bool copies() const override { return copies_; }
 
   private:
     void do_all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream) override {
@@ -64,13 +66,14 @@ class StreamCommunicator final : public Communicator {
         fake_gpu::enqueue(stream, [=, this] { host_->broadcast(data, bytes, root); });
     }
     std::shared_ptr<Communicator> host_;
+    const bool copies_;
 };
 
 // As the program makes them; with one rank all parts are a communicator that is not silent, so that its slices are the whole.
 Parallel parallel_of(World& world, const Setting& s) {
     Parallel p = make_parallel(world, {.shard = s.shard, .replicate = s.replicate, .gradient_element = s.element});
     const auto on_stream = [&](std::shared_ptr<Communicator>& c, bool always) {
-        if (always || !c->silent()) c = std::make_shared<StreamCommunicator>(c);
+        if (always || !c->silent()) c = std::make_shared<StreamCommunicator>(c, s.copies);
     };
     on_stream(p.world, s.ranks == 1);
     on_stream(p.group, s.ranks == 1 && s.shard != Shard::none);
@@ -277,12 +280,15 @@ constexpr Shard kModes[] = {Shard::none, Shard::optimizer, Shard::gradients, Sha
 TEST(GpuParameters, EveryModeAndNumberOfRanks) {
     for (const char* recipe : {"bf16", "tensorwise"})
         for (const int ranks : {1, 2, 3, 4})
-            for (const Shard shard : kModes) expect_good({.recipe = recipe, .ranks = ranks, .shard = shard});
+            for (const Shard shard : kModes)
+                for (const bool copies : {false, true})
+                    if (!copies || (ranks > 1 && shard != Shard::none)) expect_good({.recipe = recipe, .ranks = ranks, .shard = shard, .copies = copies});
 }
 
 TEST(GpuParameters, Bf16Gradients) {
     for (const Shard shard : kModes)
-        for (const int ranks : {1, 3}) expect_good({.ranks = ranks, .shard = shard, .element = Element::bf16});
+        for (const int ranks : {1, 3}) expect_good({.ranks = ranks, .shard = shard, .element = Element::bf16, .copies = ranks == 3});
+    expect_good({.ranks = 3, .shard = Shard::full, .element = Element::bf16, .copies = false});
 }
 
 TEST(GpuParameters, Replicas) {

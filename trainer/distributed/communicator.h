@@ -40,6 +40,8 @@ class Communicator {
     // Memory from which collectives of this communicator are faster, or null where it makes no difference. Every rank calls it
     // with as many bytes. It must be given back before the communicator is.
     std::shared_ptr<void> memory(int64_t bytes) { return silent_ ? nullptr : do_memory(bytes); }
+    // Copy engines carry all_gather and all_to_all within memory(): compute beside them loses no SM. The same on every rank.
+    virtual bool copies() const { return false; }
 
     // data: `count` elements; every rank gets the reduction over all ranks.
     void all_reduce(void* data, int64_t count, Element element, Reduction reduction, CUstream_st* stream = nullptr) {

@@ -12,8 +12,12 @@ std::unique_ptr<Communicator> nccl_split(World&, int, const NcclOptions&, bool) 
 
 #include <dlfcn.h>
 #include <nccl.h>
+#include <unistd.h>
 
+#include <cstring>
+#include <fstream>
 #include <type_traits>
+#include <vector>
 
 // Memory registered as a window, and gathers by copy engines.
 #if NCCL_VERSION_CODE >= NCCL_VERSION(2, 28, 0)
@@ -82,13 +86,34 @@ void nccl_check(ncclResult_t status, const char* what) {
 
 ncclDataType_t type_of(Element e) { return e == Element::f32 ? ncclFloat32 : e == Element::bf16 ? ncclBfloat16 : ncclUint32; }
 
+// What tells machines apart; the names of two may be equal.
+std::string machine() {
+    char name[256] = {};
+    gethostname(name, sizeof name - 1);
+    std::ifstream boot("/proc/sys/kernel/random/boot_id");
+    std::string id;
+    std::getline(boot, id);
+    return std::string(name) + " " + id;
+}
+
+bool on_one_machine(Communicator& host) {
+    constexpr size_t kBytes = 320;
+    std::vector<char> all(kBytes * size_t(host.size()));
+    std::strncpy(all.data() + kBytes * size_t(host.rank()), machine().c_str(), kBytes - 1);
+    host.all_gather(all.data(), kBytes);
+    for (int r = 1; r < host.size(); ++r)
+        if (std::memcmp(all.data(), all.data() + kBytes * size_t(r), kBytes) != 0) return false;
+    return true;
+}
+
 class NcclCommunicator final : public Communicator {
   public:
     NcclCommunicator(int rank, int size, const ncclUniqueId& id, const NcclOptions& options) : Communicator(rank, size, true) {
         ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
         if (options.most_ctas > 0) config.maxCTAs = options.most_ctas;
 #ifdef TRAIN_GPT_NCCL_WINDOWS
-        if (options.copy_engines) config.CTAPolicy = NCCL_CTA_POLICY_ZERO;
+        copies_ = options.copy_engines && size > 1;
+        if (copies_) config.CTAPolicy = NCCL_CTA_POLICY_ZERO;
 #endif
         NCCL_CHECK(init(&communicator_, size, id, rank, &config));
     }
@@ -96,15 +121,18 @@ class NcclCommunicator final : public Communicator {
         if (communicator_) nccl().destroy(communicator_);
     }
 
+    bool copies() const override { return copies_; }
+
   private:
 #ifdef TRAIN_GPT_NCCL_WINDOWS
     // One window, in which a buffer lies at the same place on every rank: what copy engines need.
     std::shared_ptr<void> do_memory(int64_t bytes) override {
-        if (size() == 1) return nullptr;
+        if (!copies_) return nullptr;
         void* memory = nullptr;
         NCCL_CHECK(allocate(&memory, size_t(bytes)));
         ncclWindow_t window = nullptr;
         NCCL_CHECK(register_window(communicator_, memory, size_t(bytes), &window, NCCL_WIN_COLL_SYMMETRIC));
+        copies_ = window != nullptr;
         return {memory, [window, communicator = communicator_](void* p) {
                     if (window) nccl().deregister_window(communicator, window);
                     nccl().free(p);
@@ -138,6 +166,7 @@ class NcclCommunicator final : public Communicator {
     }
 
     ncclComm_t communicator_ = nullptr;
+    bool copies_ = false;
 };
 
 }  // namespace
@@ -157,8 +186,9 @@ std::unique_ptr<Communicator> nccl_split(World& world, int color, const NcclOpti
     ncclUniqueId id{};
     if (group->rank() == 0) NCCL_CHECK(get_unique_id(&id));
     group->broadcast(&id, sizeof id, 0);
+    const bool near = on_one_machine(*group);
     const Watch::Waiting waiting(world.watch(), "NCCL's start");
-    return std::make_unique<NcclCommunicator>(group->rank(), group->size(), id, options);
+    return std::make_unique<NcclCommunicator>(group->rank(), group->size(), id, NcclOptions{.most_ctas = options.most_ctas, .copy_engines = options.copy_engines && near});
 }
 
 #endif

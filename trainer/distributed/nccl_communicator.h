@@ -19,7 +19,7 @@ std::string nccl_version();  // of the loaded library, "2.28.9"
 
 struct NcclOptions {
     int most_ctas = 0;          // bound on the SMs that a collective takes; 0: NCCL's choice
-    bool copy_engines = false;  // all_gather and all_to_all within memory() take none, where NCCL can (2.28, GPUs of one machine)
+    bool copy_engines = false;  // all_gather and all_to_all within memory() take none, where NCCL can: 2.28, all ranks on one machine
 };
 // Of the ranks that give the same color, like World::split; all ranks call it, each with its GPU current. The id travels over
 // the host communicator. `of_one_too`: NCCL also where there is one rank, which tests use.
