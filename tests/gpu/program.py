@@ -90,7 +90,7 @@ def pin_tests(shards, work):
     silent = run(shards, work / "pinned", *common, "--deterministic", "--resume", str(first))
     pinned = work / "pinned" / "step_000002"
     same = gemm_choices(pinned) == gemm_choices(first) != "" and weights(work / "pinned", 2) == weights(work / "tuned", 2) and "note:" not in silent
-    info = json.loads((first / "checkpoint.json").read_text())
+    info = {key: value for key, value in json.loads((first / "checkpoint.json").read_text()).items() if not key.startswith("checksum")}  # else it is damaged
     info["gemm_choices"] = "\n".join("Another GPU" + line[line.find("\t"):] for line in info["gemm_choices"].splitlines())
     (first / "checkpoint.json").write_text(json.dumps(info))
     noted = run(shards, work / "elsewhere", *common, "--deterministic", "--resume", str(first))
@@ -108,15 +108,16 @@ def main():
     if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode != 0:
         print("program: skipped: no GPU")
         return 77
-    with tempfile.TemporaryDirectory() as folder:
-        tests = start_tests(arguments.shards, pathlib.Path(folder))
-    for recipe in ("bf16", "tensorwise"):
+    tests = []
+    for name, part in {"start": start_tests, "bf16": lambda *a: bit_tests(*a, "bf16"), "tensorwise": lambda *a: bit_tests(*a, "tensorwise"), "pinned": pin_tests}.items():
         with tempfile.TemporaryDirectory() as folder:
-            tests += bit_tests(arguments.shards, pathlib.Path(folder), recipe)
-    with tempfile.TemporaryDirectory() as folder:
-        tests += pin_tests(arguments.shards, pathlib.Path(folder))
-    for test in tests:
-        print(f"{test['name']} | {test['figure']} | {test['status']}")
+            try:
+                found = part(arguments.shards, pathlib.Path(folder))
+            except RuntimeError as error:  # the other parts count all the same
+                found = [{"name": f"program: {name}", "status": "fail", "figure": str(error)}]
+        tests += found
+        for test in found:
+            print(f"{test['name']} | {test['figure']} | {test['status']}", flush=True)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps({"tests": tests, "bench": []}, indent=1) + "\n")
     return 1 if any(test["status"] == "fail" for test in tests) else 0
