@@ -4,36 +4,41 @@
 Weak scaling: every GPU has the same tokens a step, so the global batch grows with the GPUs. N GPUs in nodes of 8; shards are cut
 among the n = N / R ranks of a group, R groups are replicas (--replicate R; "a node" means R = N / 8). k micro-batches a step.
 
-    step      = k (forward + backward) + per-step kernels + exposed communication + SMs taken
+    step      = k (forward + backward) + kernels + exposed communication + compute taken by what is hidden
     forward   = 1/3, backward = 2/3 of (6 P + 6 L C T) tokens / (MFU x peak), in L equal blocks f, b and the head's part of its unit
 
-A collective of S bytes over n ranks, p of them on each node (a ring, as NCCL models it):
+A group on one node gathers S bytes, and exchanges those of gradients, by copy engines; what arrives is added by a kernel of its own:
 
-    time      = fixed + steps + (n - 1)/n x S / speed                       gather; a reduction, which scatters too: twice the rest
+    time      = fixed + hop + (n - 1)/n x S / speed
+
+Groups over several nodes, p ranks on each, gather and reduce_scatter by NCCL's kernels, a ring as NCCL models it. Replicas reduce by them
+wherever they are, which scatters and gathers: twice the rest.
+
+    time      = fixed + steps + (n - 1)/n x S / speed
     steps     = (n - n/p) hops inside nodes + (n/p - 1) hops between nodes   so it grows with the ranks, and with every collective
     tree      = 2 (p hops inside + log2(n/p) hops between)                   instead of a reduction's ring, where that is shorter
     speed     = the smaller of `bus`, measured inside a node, and links / 8 x p x 50 GB/s x 0.85 between nodes
 
-A scatter of gradients is an exchange: every rank sends each other its part of the slice, and they are added where they arrive. So nothing
-is added up on the way, and what leaves a node is p times a ring's:
-
-    time      = fixed + hop + (n - p)/8 hops between + the longer of (p - 1)/n x S / bus and (n - p)/n x S / (links / 8 x 50 GB/s x 0.85)
-
-    fixed and bus come from the measured microseconds: the straight line through them (least squares of relative errors).
+    fixed and bus come from the measured microseconds: the straight line through them (least squares of relative errors). Beside compute
+    bus is slower, by SLOWED.
 
 One communication stream, in program order; a unit is a block, or embedding and head (their bytes count as any unit's):
 
-    optimizer   reduction of each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the
-                blocks below it, in the last micro-batch; gather of each unit after the cast, before the next step begins: only the transposed
-                copies of the blocks before it run beside it
+    optimizer   gather of each unit with the first micro-batch, the embedding first, beside the forward pass of the blocks before; reduction of
+                each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the blocks below it, in
+                the last micro-batch
     full        every micro-batch gathers each block before its forward and again before its backward, one ahead of it, and scatters its
-                gradients behind the backward of the next; replicas reduce the shards in the last micro-batch. Embedding and head are
-                gathered once a step; their gradients are scattered behind the next micro-batch's forward
-    exposed     = first gathers + last scatter and reduction (nothing beside them) + sum over blocks of max(0, communication - compute)
-    SMs taken   = TAKEN x the part of the communication that is hidden: while it runs, compute is that much slower
-    kernels     full a micro-batch, optimizer a step: a transposed copy of each block (2 bytes an element); sums of what arrived (all ranks'
-                parts, as wide as they travel, and 8 bytes of the shard, 6 more of the unit where they travel in BF16). A step: AdamW
-                (28 bytes), norm (4), casts (5) of what the rank holds
+                gradients behind the backward of the next; replicas reduce the shards in the last micro-batch. The two blocks gathered last are
+                still there for the other direction and the next micro-batch. Embedding and head are gathered once a step; their gradients are
+                scattered behind the next micro-batch's forward
+    exposed     = first gathers, and the scatter and reduction of what is complete last (nothing beside them; with full that of the first block in
+                every micro-batch, which is a graph) + what does not fit beside the compute of its block + BARE x (micro-batches that reduce + 1
+                for the optimizer): of what could be hidden a little is not, as compute has gaps and ranks are not level
+    taken       = TAKEN x the time of communication that is hidden: while it runs, compute is that much slower
+    kernels     full a micro-batch, optimizer a step: a transposed copy of each block (2 bytes an element); sums of what arrived (inside a node all
+                ranks' parts, as wide as they travel, otherwise one; 4 bytes of the shard, 8 after the first; 6 more of the unit where they travel
+                in BF16): they run beside backward, but are limited by memory and so cost it their time. A step: AdamW (28 bytes), norm (4), casts (5) of
+                what the rank holds
 
 Efficiency is against one GPU that holds everything: above 100 % where the shared optimizer saves more than communication costs.
 
@@ -41,7 +46,9 @@ Memory is masters and moments (12 bytes a parameter of the shard), gradients (4 
 otherwise; of the largest unit where they arrive), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
 and 2.5 to 3.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
 
-Measured: MFU, copy speed, collectives. Assumed: the hops (NCCL's own constants), 8 messages of an exchange at a time, 0.85, the same MFU for larger shapes, no stragglers, no
+Measured: MFU, copy speed, collectives. Fitted, to whole steps of two H200s: SLOWED, TAKEN and BARE; the first lines printed say how far the model is
+off there. Two GPUs are all that has been measured. Assumed: an exchange has a gather's figures (the same bytes by the same engines), eight GPUs
+have two's speed each, the hops (NCCL's own constants), 0.85, SLOWED, TAKEN and BARE for any number of ranks, the same MFU for larger shapes, no stragglers, no
 congestion. Where tokens a GPU are few, MFU is not what was measured with many.
 """
 import argparse
@@ -52,18 +59,54 @@ import math
 # Measured figures. Each with the device it is from.
 
 PEAK = 989.4e12              # H100 SXM, dense BF16
-MFU = {"fp8": 0.726,         # one H100 80GB HBM3: 1558M, micro-batch 16, tensorwise (tests/gpu_report/train.json)
-       "bf16": 0.533}        #   the same, bf16
-COPY = 3.02e12               # one H100, bytes read and written a second (the copy of tests/gpu_report/quantize.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    mfu: dict                # of one, by bytes of a weight: 1 FP8, 2 BF16
+    copy: float              # bytes read and written a second
+
+
+# One H100 80GB HBM3: 1558M, micro-batch 16, tensorwise and bf16; the copy of `make bench-quantize`.
+H100 = Device({1: 0.726, 2: 0.533}, 3.02e12)
+H200_COPY = 4.25e12          # the copy of `make bench-accumulate`
 MEMORY_GIB = 79.0
-# Microseconds of one collective of so many MiB over 2 ranks (`dev/collectives bench`), by --shard, whose bounds of CTAs differ
-# (trainer/parallel.cpp): two H200s, NVLink, NVLS off, NCCL 2.28, NCCL's choice of CTAs in both. Not measured yet: copy engines, which carry
-# gathers and exchanges inside a node, and 16 CTAs, for full. The exchange has reduce_scatter's figures.
-GATHER_US = {"optimizer": {1: 52, 4: 58, 16: 83, 64: 186, 256: 594, 1024: 2049}}
-SCATTER_US = {"optimizer": {1: 75, 4: 60, 16: 82, 64: 195, 256: 630, 1024: 2041}}  # FP32
-GATHER_US["full"], SCATTER_US["full"] = GATHER_US["optimizer"], SCATTER_US["optimizer"]
-CTAS = {"optimizer": 32, "full": 16}
-TAKEN = {"optimizer": None, "full": None}  # what the same bench prints as lost of the communication's time; None: not measured, CTAs / 132
+# Two H200s of one host, whose NVLink is the H100's, NVLS off, NCCL 2.28.9, 2026-11-28: microseconds of one collective of so many MiB over 2 ranks,
+# in a graph (`mpirun -np 2 dev/collectives bench`). By copy engines (zero CTAs), in every mode:
+COPIES_US = {1: 16.0, 4: 24.2, 16: 40.4, 32: 62.7, 64: 105.7, 128: 191.0, 256: 362.7}
+# By kernels, as many CTAs as --shard lets NCCL have (trainer/parallel.cpp): its choice, 16. Gradients in FP32.
+GATHER_US = {"optimizer": {1: 10.0, 4: 24.4, 16: 49.6, 32: 85.1, 64: 150.5, 128: 276.3, 256: 523.9},
+             "full": {1: 10.9, 4: 26.2, 16: 53.4, 32: 92.4, 64: 165.8, 128: 298.3, 256: 562.4}}
+SCATTER_US = {"optimizer": {1: 9.8, 4: 23.3, 16: 49.1, 32: 88.2, 64: 157.5, 128: 292.6, 256: 558.1},
+              "full": {1: 10.3, 4: 24.5, 16: 53.5, 32: 96.2, 64: 174.3, 128: 315.5, 256: 592.7}}
+# Time of communication in a step over that of the same collectives alone. Copies: fitted to the four rows below. Kernels: reduce_scatter while it served
+# groups on one node too, 1558M: 16 CTAs in full (153 ms of 4 micro-batches), NCCL's choice in optimizer (24 ms).
+SLOWED = {"copies": 1.1, "optimizer": 1.8, "full": 2.6}
+# Compute lost of the time that communication runs beside it. Copies: fitted to full, 262,144 tokens. Kernels: NCCL's all_gather beside GEMMs of one
+# shape, of the time that it takes alone; the step of those 153 ms lost as much of them.
+TAKEN = {"copies": 0.42, "kernels": 0.26}
+BARE = 2.1e-3                # seconds; fitted to the exposed time of the four rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of 1558M, tensorwise, on two H200s: tokens/s a GPU, ms of communication a step and of it exposed."""
+    mode: str
+    tokens: int              # of a GPU and step
+    micro_batch: int
+    alone: float             # one GPU's tokens/s, in the same call
+    rate: float
+    communication_ms: float
+    exposed_ms: float
+    sums_counted: bool       # as communication
+
+
+MEASURED = [
+    Measured("optimizer", 262144, 16384, 78969, 79005, 13.1, 5.5, False),  # when its gathers stood behind the update
+    Measured("full", 262144, 16384, 78969, 74944, 268.5, 37.1, False),
+    Measured("optimizer", 8192, 8192, 67976, 65264, 15.0, 5.0, True),
+    Measured("full", 8192, 8192, 67976, 64591, 18.9, 4.9, True),
+]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Assumed
@@ -71,8 +114,6 @@ TAKEN = {"optimizer": None, "full": None}  # what the same bench prints as lost 
 NODE = 8                     # GPUs
 LINK, LINK_SHARE = 50e9, 0.85  # 400 Gb/s, and what a collective gets of it
 HOP_INSIDE, HOP_BETWEEN = 3.4e-6, 14e-6  # a ring's step in NCCL's tuning, Simple protocol: NVLink, network
-AT_ONCE = 8                    # messages of an exchange
-SMS = 132
 OTHER_GIB, NCCL_GIB = 2.5, 1.0  # scratch, library workspaces, logits; NCCL's buffers
 
 
@@ -124,10 +165,19 @@ class Setting:
     gradient_bytes: int = 4
     weight_bytes: int = 1
     links: int = 8             # of a node
+    device: Device = H100
 
     @property
     def ranks(self):           # of a group
         return self.gpus // self.replicas
+
+    @property
+    def per_node(self):        # of a group's ranks
+        return min(self.ranks, NODE)
+
+    @property
+    def copies(self):          # by copy engines: NcclCommunicator's on_one_machine
+        return self.ranks <= NODE
 
     @property
     def micro_batches(self):
@@ -153,54 +203,88 @@ def speed_between(per_node, links):
     return links * LINK * LINK_SHARE * per_node / NODE
 
 
-def ring(table, size, ranks, per_node, links):
-    """Seconds of a gather of `size` bytes in all."""
-    if ranks == 1:
-        return 0.0
-    nodes = ranks // per_node
-    fixed, speed = fitted(table)
-    if nodes > 1:
-        speed = min(speed, speed_between(per_node, links)) if per_node > 1 else speed_between(1, links)
-    return fixed + (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN + (ranks - 1) / ranks * size / speed
+def copied(size, ranks):
+    """Seconds in which each rank of one node sends each other its part of `size` bytes, of its own or of what it has for it."""
+    fixed, speed = fitted(COPIES_US)
+    return fixed + HOP_INSIDE + (ranks - 1) / ranks * size / speed
 
 
-def exchange(table, size, ranks, per_node, links):
-    """Seconds in which every rank of a group sends each other its part of `size` bytes; the groups of a node do so at the same time."""
-    if ranks == 1:
-        return 0.0
-    fixed, speed = fitted(table)
-    away = ranks - per_node
-    inside, between = (per_node - 1) / ranks * size / speed, away / ranks * size / speed_between(1, links)
-    return fixed + HOP_INSIDE + away / AT_ONCE * HOP_BETWEEN + max(inside, between)
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Of ranks in nodes, by NCCL's kernels."""
+    table: dict
+    ranks: int
+    per_node: int
+    links: int
+    slowed: float = 1.0
+
+    @property
+    def nodes(self):
+        return self.ranks // self.per_node
+
+    def steps(self):
+        return (self.ranks - self.nodes) * HOP_INSIDE + (self.nodes - 1) * HOP_BETWEEN
+
+    def fixed(self):
+        return fitted(self.table)[0]
+
+    def bytes_time(self, size):
+        speed = fitted(self.table)[1] / self.slowed
+        if self.nodes > 1:
+            between = speed_between(self.per_node, self.links)
+            speed = min(speed, between) if self.per_node > 1 else between
+        return (self.ranks - 1) / self.ranks * size / speed
+
+    def one_way(self, size):
+        """Seconds of a gather, or a reduce_scatter, of `size` bytes in all."""
+        return 0.0 if self.ranks == 1 else self.fixed() + self.steps() + self.bytes_time(size)
+
+    def reduction(self, size):
+        if self.ranks == 1:
+            return 0.0
+        tree = self.per_node * HOP_INSIDE + math.log2(self.nodes) * HOP_BETWEEN
+        return self.fixed() + 2 * (min(self.steps(), tree) + self.bytes_time(size))
 
 
-def reduction(table, size, ranks, per_node, links):
-    if ranks == 1:
-        return 0.0
-    nodes = ranks // per_node
-    fixed, _ = fitted(table)
-    one_way = ring(table, size, ranks, per_node, links) - fixed
-    steps = (ranks - nodes) * HOP_INSIDE + (nodes - 1) * HOP_BETWEEN
-    tree = per_node * HOP_INSIDE + math.log2(nodes) * HOP_BETWEEN
-    return fixed + 2 * (one_way - steps + min(steps, tree))
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Seconds of communication."""
+    alone: float = 0.0
+    beside: float = 0.0       # the same beside compute
+    taken: float = 0.0        # what it then takes of compute
+
+    def __add__(self, other):
+        return Transfer(self.alone + other.alone, self.beside + other.beside, self.taken + other.taken)
+
+
+def by_copies(s, size):
+    alone = copied(size, s.ranks) if s.ranks > 1 else 0.0
+    beside = alone * SLOWED["copies"]
+    return Transfer(alone, beside, beside * TAKEN["copies"])
+
+
+def by_kernels(s, time):
+    """`time` of how much slower the bus is."""
+    beside = time(SLOWED[s.mode])
+    return Transfer(time(1.0), beside, beside * TAKEN["kernels"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Collectives of a unit of the model, seconds: gather and scatter in the group, reduction of the shard among replicas."""
-    gather: float
-    scatter: float
-    replicate: float
+    """Collectives of a unit of the model: gather and scatter in the group, reduction of the shard among replicas."""
+    gather: Transfer
+    scatter: Transfer
+    replicate: Transfer
 
 
 def unit_times(s, elements, weight_bytes):
-    per_node = min(s.ranks, NODE)
     # Replicas of a group that spans whole nodes have one rank a node each; of a smaller one, 8 / ranks of them share a node.
-    replicas_per_node = min(s.replicas, NODE // per_node)
-    gather, scatter = GATHER_US[s.mode], SCATTER_US[s.mode]
-    return Unit(ring(gather, elements * weight_bytes, s.ranks, per_node, s.links),
-                exchange(scatter, elements * s.gradient_bytes, s.ranks, per_node, s.links),
-                reduction(scatter, elements * 4 / s.ranks, s.replicas, replicas_per_node, s.links))
+    replicas_per_node = min(s.replicas, NODE // s.per_node)
+
+    def in_group(table, size):
+        return by_copies(s, size) if s.copies else by_kernels(s, lambda slowed: Ring(table, s.ranks, s.per_node, s.links, slowed).one_way(size))
+    return Unit(in_group(GATHER_US[s.mode], elements * weight_bytes), in_group(SCATTER_US[s.mode], elements * s.gradient_bytes),
+                by_kernels(s, lambda slowed: Ring(SCATTER_US[s.mode], s.replicas, replicas_per_node, s.links, slowed).reduction(elements * 4 / s.ranks)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,51 +303,76 @@ class Step:
     def seconds(self):
         return self.compute + self.kernels + self.exposed + self.taken
 
-    def beside(self, communication, compute, times=1):
+    def expose(self, *transfers):
+        self.exposed += sum(t.alone for t in transfers)
+
+    def beside(self, transfer, compute, times=1):
         """Communication that may run behind compute."""
-        self.hidden += times * min(communication, compute)
-        self.exposed += times * max(0.0, communication - compute)
+        if transfer.beside == 0.0:
+            return
+        hidden = min(transfer.beside, compute)
+        self.hidden += times * hidden
+        self.exposed += times * transfer.alone * (1 - hidden / transfer.beside)
+        self.taken += times * transfer.taken * hidden / transfer.beside
+
+    def bare(self, seconds):
+        """Of what could be hidden, what is not."""
+        seconds = min(seconds, self.hidden)
+        if seconds > 0.0:
+            self.taken *= 1 - seconds / self.hidden
+            self.hidden -= seconds
+            self.exposed += seconds
 
 
-def transposed_copy(s):
-    """Seconds for a block's."""
-    return 2 * s.shape.block / COPY if s.weight_bytes == 1 else 0.0
+def sums(s):
+    """Seconds to add the gradients of a step's micro-batches that arrived."""
+    elements, slices = s.shape.parameters, s.shape.parameters / s.ranks
+    if s.mode == "optimizer" and s.gradient_bytes == 4 and not s.copies:
+        return 0.0            # NCCL leaves them where they belong
+    one = (elements if s.copies else slices) * s.gradient_bytes + 4 * slices + (6 * elements if s.gradient_bytes == 2 else 0)
+    k = s.micro_batches if s.mode == "full" else 1
+    return (k * one + (k - 1) * 4 * slices) / s.device.copy
 
 
 def sharding_kernels(s):
-    """Transposed copies of what was gathered, sums of what arrived: once each."""
+    """Transposed copies of what was gathered, sums of what arrived."""
     if s.ranks == 1:
         return 0.0
-    sums = s.shape.parameters * (s.gradient_bytes + 8 / s.ranks + (6 if s.gradient_bytes == 2 else 0)) / COPY
-    return s.shape.layers * transposed_copy(s) + sums
+    transposed = 2 * s.shape.layers * s.shape.block / s.device.copy if s.weight_bytes == 1 else 0.0
+    return (s.micro_batches if s.mode == "full" else 1) * transposed + sums(s)
 
 
 def per_step_kernels(s):
     held = s.shape.parameters / s.ranks
-    return held * (28 + 4 + 5) / COPY
+    return held * (28 + 4 + 5) / s.device.copy
+
+
+def micro_batch_flops(shape):
+    return shape.micro_batch * (shape.layers * shape.block_flops() + shape.head_flops())
 
 
 def step(s):
     shape, k, L = s.shape, s.micro_batches, s.shape.layers
-    rate = (MFU["fp8"] if s.weight_bytes == 1 else MFU["bf16"]) * PEAK
-    block, head = shape.block_flops() * shape.micro_batch / rate, shape.head_flops() * shape.micro_batch / rate
-    f, b = block / 3, block * 2 / 3
-    result = Step(compute=k * (L * block + head), kernels=per_step_kernels(s) + (k if s.mode == "full" else 1) * sharding_kernels(s))
+    rate = s.device.mfu[s.weight_bytes] * PEAK
+    f, b = (part * shape.block_flops() * shape.micro_batch / rate for part in (1 / 3, 2 / 3))
+    result = Step(compute=k * micro_batch_flops(shape) / rate, kernels=per_step_kernels(s) + sharding_kernels(s))
     unit, edge = unit_times(s, shape.block, s.weight_bytes), unit_times(s, shape.embeddings, 2)  # embeddings are BF16 always
+    result.expose(edge.gather, unit.gather)
     if s.mode == "full":
-        result.exposed += edge.gather + unit.gather
         for micro_batch in range(k):
-            result.beside(unit.gather, f, L)
+            reduced = unit.scatter + (unit.replicate if micro_batch == k - 1 else Transfer())
+            result.beside(unit.gather, f, L - 1 if micro_batch == 0 else L - 2)
             if micro_batch > 0:
-                result.beside(edge.scatter, max(0.0, L * (f - unit.gather)))
-            result.beside(unit.gather + unit.scatter + (unit.replicate if micro_batch == k - 1 else 0.0), b, L)
-        result.exposed += edge.scatter + edge.replicate  # a tied unit is ready last
+                result.beside(edge.scatter, max(0.0, L * f - (L - 2) * unit.gather.beside))
+            result.beside(unit.gather + reduced, b, L - 2)
+            result.beside(reduced, b)
+            result.expose(reduced)
     else:
+        result.beside(unit.gather, f, L - 1)
         result.beside(unit.scatter + unit.replicate, b, L - 1)
-        result.exposed += unit.scatter + unit.replicate + edge.scatter + edge.replicate
-        result.exposed += edge.gather
-        result.beside(unit.gather, transposed_copy(s), L)
-    result.taken = (CTAS[s.mode] / SMS if TAKEN[s.mode] is None else TAKEN[s.mode]) * result.hidden
+        result.expose(unit.scatter, unit.replicate)
+    result.expose(edge.scatter, edge.replicate)  # a tied unit is ready last
+    result.bare(BARE * (1 + (k if s.mode == "full" else 1)))
     return result
 
 
@@ -290,14 +399,38 @@ def efficiency(s):
     return step(alone(s)).seconds / step(s).seconds
 
 
+def measured_setting(m):
+    """Two H200s as fast, each alone, as one was."""
+    shape = dataclasses.replace(SHAPES[0], micro_batch=m.micro_batch)
+    s = Setting(shape, 2, m.mode, tokens=m.tokens, device=Device({1: 1.0}, H200_COPY))
+    compute = m.tokens / m.alone - per_step_kernels(alone(s))
+    mfu = s.micro_batches * micro_batch_flops(shape) / compute / PEAK
+    return dataclasses.replace(s, device=Device({1: mfu}, H200_COPY))
+
+
 def rows(a):
     for shape in (dataclasses.replace(shape, micro_batch=min(shape.micro_batch, a.tokens)) for shape in SHAPES):
-        for mode, hybrid in (("optimizer", False), ("full", False), ("full", True)):
+        for mode, group in (("optimizer", None), ("full", None), ("full", NODE), ("full", 8 * NODE)):
             for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
-                replicas = gpus // NODE if hybrid else 1
-                if hybrid and replicas == 1:
+                replicas = gpus // group if group else 1
+                if group and replicas <= 1:
                     continue
                 yield Setting(shape, gpus, mode, replicas, a.tokens, a.gradient_bytes, a.weight_bytes, a.links)
+
+
+def measured_communication(m):
+    """Seconds of it by the model, and of these exposed."""
+    s = measured_setting(m)
+    t = step(s)
+    return t.hidden + t.exposed + (sums(s) if m.sums_counted else 0), t.exposed
+
+
+def print_measured():
+    print("two H200s, gpt2-1558M: model / measured")
+    for m in MEASURED:
+        communication, exposed = (1e3 * seconds for seconds in measured_communication(m))
+        print(f"{m.mode:10} {m.tokens:6} tokens a GPU and step: {efficiency(measured_setting(m)):.1%} / {m.rate / m.alone:.1%} of one GPU, "
+              f"communication {communication:.1f} / {m.communication_ms} ms, exposed {exposed:.1f} / {m.exposed_ms} ms")
 
 
 def main():
@@ -307,11 +440,11 @@ def main():
     parser.add_argument("--weight-bytes", type=int, default=1, choices=(1, 2), help="FP8 or BF16 gather (and compute)")
     parser.add_argument("--links", type=int, default=8, help="400 Gb/s links of a node")
     a = parser.parse_args()
-    for name, table in [(f"{name}, {mode}", tables[mode]) for name, tables in (("gather", GATHER_US), ("scatter", SCATTER_US)) for mode in tables]:
+    print_measured()
+    for name, table in [("copies", COPIES_US)] + [(f"{name}, {mode}", tables[mode]) for name, tables in (("gather", GATHER_US), ("scatter", SCATTER_US)) for mode in tables]:
         fixed, speed = fitted(table)
         print(f"{name:18} {fixed * 1e6:.0f} us + bytes at {speed * 1e-9:.0f} GB/s inside a node, {speed_between(NODE, a.links) * 1e-9:.0f} GB/s between nodes")
-    mfu = MFU["fp8" if a.weight_bytes == 1 else "bf16"]
-    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {mfu:.1%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
+    print(f"{a.tokens} tokens a GPU and step, MFU of one GPU {H100.mfu[a.weight_bytes]:.1%}, gradients {a.gradient_bytes} bytes, weights {a.weight_bytes}")
     print("model        shard      replicas  GPUs   step ms  exposed ms  taken ms  kernels ms  efficiency  tokens/s a GPU   GiB")
     for s in rows(a):
         t, gib = step(s), memory_gib(s)
