@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 
-from program_tests import ROOT, Scratch, program
+from program_runs import ROOT, Scratch, program
 
 
 def data_program(name, *options, ok=True):

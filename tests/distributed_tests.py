@@ -14,8 +14,7 @@ import subprocess
 import sys
 import time
 
-from program_tests import ROOT, SHARDS, Scratch, checkpoint_bytes, program, records
-from readme_tests import Skipped
+from program_runs import ROOT, SHARDS, Scratch, Skipped, checkpoint_bytes, program, records
 
 SMALL = ["--model", "tiny", "--n-layers", "3", "--dim", "48", "--n-heads", "3", "--seq-len", "16", "--device", "cpu", "--micro-batch", "2",
          "--global-batch-tokens", "384", "--train", str(SHARDS), "--val", str(SHARDS), "--eval-every", "1000", "--eval-tokens", "320", "--lr", "1e-3",

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from program_runs import ROOT, Skipped
+
 BLOCK = re.compile(r"^```sh ci\n(.*?)^```$", re.M | re.S)
 WRITTEN = {"runs", "shards", "build"}  # of these the scratch folder has its own
 # A newcomer must see each of these work; the README cannot lose one unnoticed.
@@ -17,10 +18,6 @@ SHOWN = ("data/prepare", "data/inspect", "--help", "--print-config", "--config",
 PRINTS = {"--help": "--micro-batch", "--verify": "verify: ok", "--dry-run": "a step,", "--resume auto": "start   step 20 of runs/bf16",
           "--init-from": "start   weights of runs/mine", "--sample-every": "sample 1 after step 10 | void ", "--generate": "--- sample 2", "--evaluate": "val loss",
           "--multiple-choice": "accuracy", "--profile": "of ceiling", "data/inspect": "documents", "--steps 60": "step 60/60", "make plot": "drew 2 runs"}
-
-
-class Skipped(Exception):
-    """Why a test cannot run here."""
 
 
 def blocks():

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs every test that this machine can run and ends with "N passed, N failed, N skipped".
 
-Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py, those
-of the report tool of tests/report_tests.py, those of the Python tools of tests/tool_tests.py; tests/readme_tests.py runs the
-commands that README.md shows.
+Host tests are GoogleTest programs, one count a test case. Tests of the program are functions of tests/program_tests.py and
+tests/survival_tests.py, those of the report tool of tests/report_tests.py, those of the Python tools of tests/tool_tests.py;
+tests/readme_tests.py runs the commands that README.md shows.
 GPU tests are the dev programs: without a GPU each counts as one skipped test, because it was compiled and not run. Mutants
 of the host's code are planted and must be killed; those of kernels need a GPU and are part of `make gpu-report`.
 """
@@ -23,7 +23,9 @@ import layers
 import program_tests
 import readme_tests
 import report_tests
+import survival_tests
 import tool_tests
+from program_runs import Skipped
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NO_GPU = 77  # exit status of a dev program that found no GPU
@@ -65,13 +67,13 @@ def described(error):
 
 
 def function_tests(tally):
-    for what, module in (("program", program_tests), ("data", data_tests), ("report", report_tests)):
+    for what, module in (("program", program_tests), ("survival", survival_tests), ("data", data_tests), ("report", report_tests)):
         for name in sorted(n for n in dir(module) if n.startswith("test_")):
             try:
                 getattr(module, name)()
                 tally.add(passed=1)
                 print(f"{what}: {name}: passed")
-            except program_tests.Skipped as reason:
+            except Skipped as reason:
                 tally.add(skipped=1)
                 print(f"{what}: {name}: skipped: {reason}")
             except Exception as error:  # one test must not end the others
@@ -86,7 +88,7 @@ def listed_tests(what, tests, tally):
             test()
             tally.add(passed=1)
             print(f"{what}: {name}: passed")
-        except readme_tests.Skipped as reason:
+        except Skipped as reason:
             tally.add(skipped=1)
             print(f"{what}: {name}: skipped: {reason}")
         except Exception as error:

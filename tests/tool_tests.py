@@ -8,9 +8,8 @@ import subprocess
 import sys
 import tempfile
 
-from readme_tests import Skipped
+from program_runs import ROOT, Skipped
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
 import run_log  # noqa: E402
 

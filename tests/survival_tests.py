@@ -1,0 +1,238 @@
+"""Tests of what a run survives, on the reference device: signals, kills, full disks, damaged checkpoints."""
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+from program_runs import ROOT, TINY, Running, Scratch, Skipped, checkpoint_bytes, complete_checkpoints, program, records, train
+
+
+def test_interrupt_saves():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with Scratch() as out:
+            process = subprocess.Popen([str(program()), *TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT,
+                                       stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("step 3/"):
+                    process.send_signal(number)
+                    break
+            process.communicate(timeout=120)
+            assert process.returncode == 0, f"{number.name}: exit status {process.returncode}"
+            assert list((out / "run").glob("step_*/checkpoint.json")), f"no checkpoint after {number.name}"
+
+
+def test_nohup_survives_the_end_of_a_terminal():
+    with Scratch() as out:
+        with Running(*TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run"),
+                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as run:
+            run.wait_for("step 2/")
+            run.process.send_signal(signal.SIGHUP)
+            at = len(records(out / "run", "step"))
+            run.wait_for(f"step {at + 20}/")
+            assert run.stop() == 0
+
+
+def test_output_that_nobody_reads_does_not_end_the_run():
+    with Scratch() as out:
+        process = subprocess.Popen([str(program()), *TINY, "--steps", "30", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                break
+        process.stdout.close()
+        errors = process.stderr.read().splitlines()
+        process.stderr.close()
+        assert process.wait(timeout=120) == 0, f"exit status {process.returncode}: {errors}"
+        assert [r["step"] for r in records(out / "run", "step")] == list(range(1, 31)) and complete_checkpoints(out / "run") == [30]
+        assert len(errors) == 1 and "standard output" in errors[0] and "log.jsonl" in errors[0], errors
+
+
+def kill_at_random_moments(kills, steps=30):
+    """kill -9 at random moments of runs that save every step; each goes on from its newest checkpoint to the same bits."""
+    command = [str(program()), *TINY, "--recipe", "tensorwise", "--steps", str(steps), "--eval-every", "0", "--checkpoint-every", "1", "--keep", "2"]
+    with Scratch() as out:
+        start = time.monotonic()
+        train(*command[1:], "--out", str(out / "whole"))
+        whole_s = time.monotonic() - start
+        expected = checkpoint_bytes(out / "whole", steps)
+        done, run = 0, 0
+        while done < kills:
+            folder = out / f"run{run}"
+            run += 1
+            finished = False
+            while not finished:
+                process = subprocess.Popen([*command, "--out", str(folder), "--resume", "auto"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                           stderr=subprocess.PIPE, text=True)
+                if done < kills:
+                    try:
+                        process.wait(random.uniform(0, 0.6 * whole_s))
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+                        done += 1
+                error = process.communicate(timeout=300)[1]
+                was_done = process.returncode == 1 and "nothing to do" in error  # killed between its last save and its end
+                assert process.returncode in (0, -9) or was_done, f"after {done} kills: exit status {process.returncode}: {error}"
+                assert "passed over" not in error, f"after {done} kills: a kill left a checkpoint that does not load: {error}"
+                finished = process.returncode == 0 or was_done
+            assert checkpoint_bytes(folder, steps) == expected, f"run {run} after {done} kills ends with other bits"
+            logged = [r["step"] for r in records(folder, "step")]
+            assert logged == list(range(1, steps + 1)), f"the log holds steps {logged}"
+            shutil.rmtree(folder)
+        return done, run
+
+
+def test_kill_at_random_moments():
+    kill_at_random_moments(int(os.environ.get("KILLS", "6")))
+
+
+class SmallDisk:
+    """A file system of a few megabytes."""
+
+    def __init__(self, megabytes):
+        self.size = megabytes
+
+    def __enter__(self):
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="train_gpt_fp8_disk_"))
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}m", "tmpfs", str(self.path)], capture_output=True, text=True)
+        if made.returncode != 0:
+            self.path.rmdir()
+            raise Skipped(f"cannot mount a small file system here: {made.stderr.strip()}")
+        return self
+
+    def remount(self, mode):
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+        self.path.rmdir()
+
+
+def fill(file):
+    with open(file, "ab", buffering=0) as stream:
+        for size in (65536, 4096, 1):
+            try:
+                while stream.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                pass
+
+
+def full_disk_and_back(run, out, filler):
+    """Saves fail while the disk is full, and succeed when it has room again."""
+    run.wait_for("saved /")
+    for _ in range(4):  # a save that fails in the middle frees what it had taken
+        with run.held():
+            fill(filler)
+        time.sleep(0.2)
+    run.wait_for("training goes on, the newest checkpoint is", "its lines wait in memory")
+    with run.held():
+        assert complete_checkpoints(out), "a failing save took the checkpoint before it"
+        filler.unlink()
+    run.wait_for("nothing was lost", "saved /")
+
+
+def test_a_full_disk_leaves_the_run_alive_and_a_read_only_one_is_refused():
+    with SmallDisk(6) as disk:
+        out = disk.path / "run"
+        options = [*TINY, "--eval-every", "0", "--keep", "1", "--out", str(out)]
+        with Running(*options, "--steps", "1000000", "--checkpoint-every", "5") as run:
+            full_disk_and_back(run, out, disk.path / "filler")
+            status = run.stop()
+            assert status == 0, f"exit status {status}: {''.join(run.lines[-10:])}"
+        steps = [r["step"] for r in records(out, "step")]
+        assert steps == list(range(1, steps[-1] + 1)), "the log lost or doubled steps"
+        assert complete_checkpoints(out)[-1] == steps[-1]
+        train(*options, "--steps", str(steps[-1] + 1), "--resume", "auto", "--checkpoint-every", "0")
+        disk.remount("ro")
+        for more, mention in ((["--out", str(disk.path / "new")], "--out"), (["--resume", "auto", "--steps", "1000000"], "log.jsonl")):
+            done = train(*options, *more, ok=False)
+            lines = done.stderr.strip().splitlines()
+            assert len(lines) == 1 and mention in lines[0], done.stderr
+        disk.remount("rw")
+
+
+def test_a_save_that_fails_halfway_loses_nothing():
+    """The limit lets params.safetensors through and stops adam.safetensors in its middle."""
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto", "--checkpoint-every", "2"]
+        train(*common, "--steps", "2")
+        before = checkpoint_bytes(out / "run", 2)
+        done = subprocess.run([str(program()), *common, "--steps", "6"], cwd=ROOT, capture_output=True, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (700000, 700000)))
+        errors = done.stderr.strip().splitlines()
+        assert done.returncode == 1 and "step 6/6" in done.stdout, done.stdout[-500:] + done.stderr
+        assert [e.split(":")[0] for e in errors] == ["warning", "error"] and "adam.safetensors" in errors[0] and "step_000002" in errors[0], done.stderr
+        assert checkpoint_bytes(out / "run", 2) == before and complete_checkpoints(out / "run") == [2]
+        assert not list((out / "run").glob(".step*")), "a failed save left files"
+        train(*common, "--steps", "6")
+
+
+def test_damaged_checkpoints_are_one_clear_line():
+    with Scratch() as out:
+        run = out / "run"
+        train(*TINY, "--steps", "4", "--eval-every", "0", "--checkpoint-every", "2", "--keep", "0", "--out", str(run))
+        good = shutil.copytree(run / "step_000004", out / "good")
+        header = json.loads((good / "checkpoint.json").read_text())
+        unsealed = {key: value for key, value in header.items() if not key.startswith("checksum")}  # as older programs wrote it
+
+        def damage(name, change):
+            file = run / "step_000004" / name
+            file.write_bytes(change(file.read_bytes()))
+
+        cases = [
+            (lambda: damage("params.safetensors", lambda b: b[:-4]), "params.safetensors", True),
+            (lambda: damage("adam.safetensors", lambda b: b"\xff" * 16 + b[16:]), "adam.safetensors", True),
+            (lambda: damage("adam.safetensors", lambda b: b[:-2] + bytes([b[-2] ^ 1]) + b[-1:]), "adam.safetensors", True),
+            (lambda: damage("params.safetensors", lambda b: b[:50000] + bytes([b[50000] ^ 128]) + b[50001:]), "params.safetensors", True),
+            (lambda: damage("checkpoint.json", lambda b: b.replace(b'"seed": 1337', b'"seed": 1336')), "checkpoint.json", True),
+            (lambda: damage("checkpoint.json", lambda b: b[:100]), "checkpoint.json", True),
+            (lambda: damage("checkpoint.json", lambda b: b""), "checkpoint.json", True),
+            (lambda: damage("checkpoint.json", lambda b: json.dumps({**unsealed, "step": -1}).encode()), "step", True),
+            (lambda: (run / "step_000004" / "adam.safetensors").unlink(), "adam.safetensors", True),
+            (lambda: damage("checkpoint.json", lambda b: json.dumps({**unsealed, "model": {**header["model"], "n_layers": 3}}).encode()), "n-layers", False),
+        ]
+        for change, mention, auto_finds_another in cases:
+            shutil.rmtree(run / "step_000004")
+            shutil.copytree(good, run / "step_000004")
+            change()
+            damaged = {f.name: f.read_bytes() for f in (run / "step_000004").iterdir()}
+            done = train(*TINY, "--steps", "5", "--resume", str(run / "step_000004"), "--out", str(run), ok=False)
+            lines = done.stderr.strip().splitlines()
+            assert mention in lines[-1] and [line.split(":")[0] for line in lines] in (["error"], ["note", "error"]), f"{mention}: {done.stderr!r}"
+            assert {f.name: f.read_bytes() for f in (run / "step_000004").iterdir()} == damaged, "an error changed the checkpoint"
+            if auto_finds_another:
+                copy = shutil.copytree(run, out / "copy")
+                done = train(*TINY, "--steps", "5", "--eval-every", "0", "--resume", "auto", "--out", str(copy))
+                assert "step 2 of" in done.stdout
+                assert len(done.stderr.splitlines()) == 1 and "passed over" in done.stderr and mention in done.stderr, done.stderr
+                shutil.rmtree(copy)
+
+
+def test_auto_does_not_begin_anew_over_damaged_checkpoints():
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto"]
+        train(*common, "--steps", "2")
+        file = out / "run" / "step_000002" / "params.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        log = (out / "run" / "log.jsonl").read_bytes()
+        done = train(*common, "--steps", "4", ok=False)
+        assert len(done.stderr.splitlines()) == 1 and str(file) in done.stderr, done.stderr
+        assert (out / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_an_older_checkpoint_without_checksums_loads_with_a_note():
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--out", str(out / "run"), "--resume", "auto"]
+        train(*common, "--steps", "2")
+        file = out / "run" / "step_000002" / "checkpoint.json"
+        header = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("checksum")}
+        file.write_text(json.dumps(header))
+        done = train(*common, "--steps", "4")
+        assert len(done.stderr.splitlines()) == 1 and "checksums" in done.stderr, done.stderr
+        assert "checksum" in json.loads((out / "run" / "step_000004" / "checkpoint.json").read_text())
