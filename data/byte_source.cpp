@@ -7,11 +7,10 @@
 #include <zstd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <utility>
 #include <vector>
 
+#include "data/reason.h"
 #include "kernels/common/check.h"
 
 namespace {
@@ -24,7 +23,7 @@ class FileSource final : public ByteSource {
     explicit FileSource(const std::string& path) : path_(path) {
         // O_NONBLOCK: opening a pipe must not wait for its other end before it can be refused.
         file_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        REQUIRE(file_ >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
+        REQUIRE(file_ >= 0, "%s: cannot open: %s", path.c_str(), reason(errno).c_str());
         struct stat status {};
         const bool regular = fstat(file_, &status) == 0 && S_ISREG(status.st_mode);
         if (!regular) close(file_);  // no destructor runs for a half-made object
@@ -39,7 +38,7 @@ class FileSource final : public ByteSource {
         while (done < bytes) {
             const ssize_t now = ::read(file_, to + done, bytes - done);
             if (now < 0 && errno == EINTR) continue;
-            REQUIRE(now >= 0, "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
+            REQUIRE(now >= 0, "%s: cannot read: %s", path_.c_str(), reason(errno).c_str());
             if (now == 0) break;
             done += static_cast<size_t>(now);
         }

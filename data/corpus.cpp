@@ -10,6 +10,7 @@
 #include "data/byte_source.h"
 #include "data/hash.h"
 #include "data/parallel_for.h"
+#include "data/reason.h"
 #include "kernels/common/check.h"
 
 namespace fs = std::filesystem;
@@ -70,7 +71,10 @@ class FolderSearch {
     void visit(const fs::path& folder) {
         const auto [place, fresh] = open_.insert(fs::canonical(folder).string());
         if (!fresh) return;
-        for (const auto& entry : fs::directory_iterator(folder)) {
+        std::error_code error;
+        const fs::directory_iterator entries(folder, error);
+        REQUIRE(!error, "%s: cannot list this folder: %s", folder.c_str(), reason(error.value()).c_str());
+        for (const auto& entry : entries) {
             if (entry.path().filename().string().starts_with('.')) continue;
             std::error_code broken_link;  // a link to nothing is not a document, and no reason to stop
             const fs::file_status status = entry.status(broken_link);
@@ -110,6 +114,7 @@ std::set<std::string> parse_extensions(const std::string& list) {
                 "--extensions \"%s\": must be extensions separated by commas, \"none\" for files without one", list.c_str());
         extensions.insert(one == "none" ? "" : one);
     }
+    REQUIRE(!extensions.empty(), "--extensions: is empty, must be extensions separated by commas, \"none\" for files without one");
     return extensions;
 }
 
@@ -120,13 +125,16 @@ std::vector<SourceFile> find_source_files(const std::vector<std::string>& inputs
         if (taken.insert(fs::canonical(file.path).string()).second) files.push_back(std::move(file));
     };
     for (const std::string& input : inputs) {
-        REQUIRE(fs::exists(input), "%s: no such file or folder", input.c_str());
-        if (fs::is_directory(input)) {
+        std::error_code error;
+        const fs::file_status status = fs::status(input, error);
+        REQUIRE(status.type() != fs::file_type::not_found, "%s: no such file or folder", input.c_str());
+        REQUIRE(!error, "%s: cannot open: %s", input.c_str(), reason(error.value()).c_str());
+        if (fs::is_directory(status)) {
             FolderSearch search(input, extensions);
             for (SourceFile& file : search.run()) add(std::move(file));
             if (left_out) *left_out += search.left_out();
         } else {
-            REQUIRE(fs::is_regular_file(input), "%s: is neither a file nor a folder", input.c_str());
+            REQUIRE(fs::is_regular_file(status), "%s: is neither a file nor a folder", input.c_str());
             add({input, fs::path(input).filename().string(), static_cast<int64_t>(fs::file_size(input))});
         }
     }

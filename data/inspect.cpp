@@ -2,16 +2,15 @@
 //
 //   data/inspect shards/mine              every shard of a folder
 //   data/inspect shards/mine/val_000000.bin --samples 5 --sample-tokens 100
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
 
 #include "data/hash.h"
 #include "data/loader.h"
+#include "data/program.h"
 #include "data/shard_statistics.h"
 #include "data/tokenizer.h"
-#include "kernels/common/check.h"
 
 namespace {
 
@@ -150,14 +149,5 @@ int main(int argc, char** argv) {
     CLI::App app("Shows what token files hold: header, statistics of the tokens, samples of the text.");
     CommandLine line;
     define_options(app, line);
-    try {
-        app.parse(argc, argv);
-        run(line);
-    } catch (const CLI::Success& help) {
-        return app.exit(help);
-    } catch (const std::exception& error) {
-        std::fprintf(stderr, "error: %s\n", error.what());
-        return 1;
-    }
-    return 0;
+    return run_program(app, argc, argv, [&] { run(line); });
 }

@@ -10,6 +10,7 @@
 
 #include "data/hash.h"
 #include "data/permutation.h"
+#include "data/reason.h"
 #include "kernels/common/check.h"
 
 namespace {
@@ -17,7 +18,7 @@ namespace {
 std::vector<std::string> shards_in_folder(const std::string& folder, const std::string& split) {
     std::error_code status;
     const std::filesystem::directory_iterator entries(folder, status);
-    REQUIRE(!status, "%s: cannot list this folder: %s", folder.c_str(), status.message().c_str());
+    REQUIRE(!status, "%s: cannot list this folder: %s", folder.c_str(), reason(status.value()).c_str());
     std::vector<std::string> paths;
     for (const auto& entry : entries)
         if (entry.path().extension() == ".bin" && entry.path().stem().string().find(split) != std::string::npos)
@@ -36,10 +37,13 @@ std::vector<std::string> shards_of_pattern(const std::string& pattern) {
 }  // namespace
 
 std::vector<std::string> find_shards(const std::string& where, const std::string& split) {
-    const bool folder = std::filesystem::is_directory(where);
+    std::error_code status;
+    const bool folder = std::filesystem::is_directory(where, status);
+    REQUIRE(status != std::errc::permission_denied, "%s: cannot open: %s", where.c_str(), reason(status.value()).c_str());
+    const std::string named = split.empty() ? "" : " with \"" + split + "\" in the name";
     std::vector<std::string> paths = folder ? shards_in_folder(where, split) : shards_of_pattern(where);
     REQUIRE(!paths.empty(), "%s: no shards: expected %s", where.c_str(),
-            folder ? ("*.bin files with \"" + split + "\" in the name in this folder").c_str()
+            folder ? ("*.bin files" + named + " in this folder").c_str()
                    : "a folder of shards, or a file or glob pattern that exists");
     // Neither the order of a folder nor glob's (which follows the locale) is the same on every machine.
     std::sort(paths.begin(), paths.end());

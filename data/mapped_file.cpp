@@ -9,12 +9,13 @@
 #include <cstring>
 #include <utility>
 
+#include "data/reason.h"
 #include "kernels/common/check.h"
 
 MappedFile::MappedFile(const std::string& path) {
     // O_NONBLOCK: opening a pipe must not wait for its other end before we can refuse it.
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    REQUIRE(file >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
+    REQUIRE(file >= 0, "%s: cannot open: %s", path.c_str(), reason(errno).c_str());
     struct stat status {};
     const bool regular = fstat(file, &status) == 0 && S_ISREG(status.st_mode);
     size_ = regular ? static_cast<size_t>(status.st_size) : 0;

@@ -3,7 +3,6 @@
 //   data/prepare --out shards/cuda_headers --tokenizer bytes /usr/local/cuda/include
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -11,7 +10,7 @@
 
 #include "data/corpus.h"
 #include "data/prepare_shards.h"
-#include "kernels/common/check.h"
+#include "data/program.h"
 
 namespace {
 
@@ -102,6 +101,7 @@ void print_summary(const CommandLine& line, const PrepareSummary& summary, doubl
 PrepareSummary prepare_with_progress(CommandLine& line) {
     Progress progress(isatty(STDERR_FILENO) == 1);
     line.prepare.progress = [&](int64_t done, int64_t total) { progress.show(done, total); };
+    require_valid(line.prepare);
     const auto tokenizer = make_tokenizer(line.tokenizer, line.gpt2_ranks);
     return prepare_shards(line.prepare, *tokenizer);
 }
@@ -118,14 +118,5 @@ int main(int argc, char** argv) {
     CLI::App app("Turns text into shards of tokens: one document a file, end-of-text before each document.");
     CommandLine line;
     define_options(app, line);
-    try {
-        app.parse(argc, argv);
-        run(line);
-    } catch (const CLI::Success& help) {
-        return app.exit(help);
-    } catch (const std::exception& error) {  // Error, and what the standard library throws for files
-        std::fprintf(stderr, "error: %s\n", error.what());
-        return 1;
-    }
-    return 0;
+    return run_program(app, argc, argv, [&] { run(line); });
 }

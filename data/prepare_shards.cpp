@@ -1,9 +1,7 @@
 #include "data/prepare_shards.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -13,6 +11,8 @@
 #include "data/corpus.h"
 #include "data/json_text.h"
 #include "data/ordered_pool.h"
+#include "data/output_folder.h"
+#include "data/reason.h"
 #include "data/shard_set.h"
 #include "data/text_blocks.h"
 #include "kernels/common/check.h"
@@ -257,7 +257,7 @@ nlohmann::ordered_json json_of(const SplitCounts& counts) {
     return {{"documents", counts.documents}, {"bytes", counts.bytes}, {"tokens", counts.tokens}, {"shards", counts.shards}};
 }
 
-void write_meta(const PrepareOptions& options, const Tokenizer& tokenizer, const PrepareSummary& summary) {
+void write_meta(const std::string& path, const PrepareOptions& options, const Tokenizer& tokenizer, const PrepareSummary& summary) {
     const auto entropy = [&](double nats) { return summary.val.tokens > 0 ? nlohmann::ordered_json(nats) : nullptr; };
     const nlohmann::ordered_json meta = {
         {"format", 1},
@@ -275,31 +275,39 @@ void write_meta(const PrepareOptions& options, const Tokenizer& tokenizer, const
         {"val_token_entropy_nats", entropy(summary.val_token_entropy)},
         {"val_byte_entropy_nats", entropy(summary.val_byte_entropy)},
     };
-    const std::string path = options.out + "/meta.json", temporary = path + ".tmp";
-    std::ofstream file(temporary);
+    std::ofstream file(path);
     // A path that is not UTF-8 must not stop the run here, at its end.
     file << meta.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << '\n';
     file.close();
-    REQUIRE(file, "%s: cannot write: %s", temporary.c_str(), std::strerror(errno));
-    fs::rename(temporary, path);
+    if (file) return;
+    const std::string why = reason(errno);
+    std::error_code gone;
+    fs::remove(path, gone);
+    throw Error(message("%s: cannot write: %s", path.c_str(), why.c_str()));
 }
 
 }  // namespace
 
-PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& tokenizer) {
+void require_valid(const PrepareOptions& options) {
+    REQUIRE(!options.out.empty(), "--out: is empty, must be a folder");
+    for (const std::string& input : options.inputs) REQUIRE(!input.empty(), "INPUT: is empty, must be a file or folder");
     REQUIRE(options.val_fraction >= 0 && options.val_fraction < 1, "--val-fraction %g: must be at least 0 and below 1",
             options.val_fraction);
-    REQUIRE(options.shard_tokens >= 1, "--shard-tokens %lld: must be at least 1",
-            static_cast<long long>(options.shard_tokens));
+    REQUIRE(options.shard_tokens >= kLeastShardTokens, "--shard-tokens %lld: must be at least %lld, as no sample goes from one shard to the next",
+            static_cast<long long>(options.shard_tokens), static_cast<long long>(kLeastShardTokens));
     REQUIRE(options.separator.size() <= 4096, "--document-separator: %zu bytes, must be at most 4096", options.separator.size());
     REQUIRE(options.threads >= 1 && options.threads <= 1024, "--threads %d: must be 1 to 1024", options.threads);
+    parse_extensions(options.extensions);
+}
+
+PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& tokenizer) {
+    require_valid(options);
     int64_t other_files = 0;
     auto files = find_source_files(options.inputs, parse_extensions(options.extensions), &other_files);
     REQUIRE(!files.empty(), "%s%s: no files with the extensions %s", options.inputs[0].c_str(),
             options.inputs.size() > 1 ? " and the other inputs" : "", options.extensions.c_str());
 
-    REQUIRE(!fs::exists(options.out) || fs::is_directory(options.out), "--out %s: is not a folder", options.out.c_str());
-    fs::create_directories(options.out);
+    const OutputFolder folder(options.out);
     REQUIRE(options.overwrite || earlier_output(options.out).empty(),
             "--out %s: holds shards already: choose another folder, or replace them with --overwrite", options.out.c_str());
 
@@ -307,8 +315,10 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
     preparation.add_files(std::move(files));
     PrepareSummary summary = preparation.finish();
     summary.other_files = other_files;
+    const std::string meta = options.out + "/meta.json", temporary = meta + ".tmp";
+    write_meta(temporary, options, tokenizer, summary);  // before anything is replaced: the disk may be full
     for (const fs::path& old : earlier_output(options.out)) fs::remove(old);
     preparation.publish();
-    write_meta(options, tokenizer, summary);  // last: its presence says that the folder is complete
+    fs::rename(temporary, meta);  // last: its presence says that the folder is complete
     return summary;
 }

@@ -11,6 +11,9 @@
 
 #include "data/tokenizer.h"
 
+// A sample of training lies within one shard: shorter ones would be cut to nothing, or be many thousands of files.
+constexpr int64_t kLeastShardTokens = 4096;
+
 struct PrepareOptions {
     std::vector<std::string> inputs;  // files and folders
     std::string out;                  // folder; made when missing
@@ -19,7 +22,7 @@ struct PrepareOptions {
     std::string text_field = "text";  // of the objects of .jsonl files, each line of which is a document
     bool skip_bad_lines = false;      // of .jsonl files: otherwise the first one is an Error
     double val_fraction = 0.05;
-    int64_t shard_tokens = 100'000'000;
+    int64_t shard_tokens = 100'000'000;  // at least kLeastShardTokens
     int threads = 1;         // the output does not depend on it
     bool overwrite = false;  // replace the shards that `out` holds already
     std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;  // of the files as they are; may be empty
@@ -39,6 +42,9 @@ struct PrepareSummary {
     // knows nothing but how often each token occurs, the mark that training must pass.
     double val_token_entropy = 0, val_byte_entropy = 0;
 };
+
+// Error, when an option's value is not allowed. Looks at no file.
+void require_valid(const PrepareOptions& options);
 
 // Either publishes a whole data set or throws Error and leaves `out` as it was.
 PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& tokenizer);

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstring>
 #include <utility>
 
+#include "data/reason.h"
 #include "kernels/common/check.h"
 
 namespace {
@@ -114,7 +114,7 @@ TokenFileWriter::TokenFileWriter(std::string path, const TokenFileInfo& info) : 
     REQUIRE(info.vocab_size > 0, "%s: vocabulary size %d, must be at least 1", path_.c_str(), info.vocab_size);
     bytes_per_token_ = info.vocab_size <= 65536 ? 2 : 4;
     file_.reset(std::fopen(temporary().c_str(), "wb"));
-    REQUIRE(file_, "%s: cannot create: %s", temporary().c_str(), std::strerror(errno));
+    REQUIRE(file_, "%s: cannot create: %s", temporary().c_str(), reason(errno).c_str());
     write_header();
 }
 
@@ -123,8 +123,7 @@ TokenFileWriter::~TokenFileWriter() {
 }
 
 void TokenFileWriter::write_all(const void* data, size_t bytes) {
-    REQUIRE(std::fwrite(data, 1, bytes, file_.get()) == bytes, "%s: cannot write: %s", temporary().c_str(),
-            std::strerror(errno));
+    REQUIRE(std::fwrite(data, 1, bytes, file_.get()) == bytes, "%s: cannot write: %s", temporary().c_str(), reason(errno).c_str());
 }
 
 void TokenFileWriter::write_header() {
@@ -163,15 +162,15 @@ void TokenFileWriter::append(std::span<const uint32_t> tokens) {
 void TokenFileWriter::close() {
     if (!file_) return;
     REQUIRE(size_ > 0, "%s: no tokens to write, a token file holds at least 1", path_.c_str());
-    REQUIRE(std::fseek(file_.get(), 0, SEEK_SET) == 0, "%s: cannot seek: %s", temporary().c_str(), std::strerror(errno));
+    REQUIRE(std::fseek(file_.get(), 0, SEEK_SET) == 0, "%s: cannot seek: %s", temporary().c_str(), reason(errno).c_str());
     write_header();
     // fclose reports what the buffer could not deliver (a full disk): it must be asked before the rename.
-    REQUIRE(std::fclose(file_.release()) == 0, "%s: cannot write: %s", temporary().c_str(), std::strerror(errno));
+    REQUIRE(std::fclose(file_.release()) == 0, "%s: cannot write: %s", temporary().c_str(), reason(errno).c_str());
 }
 
 void TokenFileWriter::publish() {
     close();
     REQUIRE(std::rename(temporary().c_str(), path_.c_str()) == 0, "%s: cannot rename to %s: %s", temporary().c_str(),
-            path_.c_str(), std::strerror(errno));
+            path_.c_str(), reason(errno).c_str());
     published_ = true;
 }

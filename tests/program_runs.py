@@ -54,6 +54,28 @@ def complete_checkpoints(out):
     return sorted(int(p.parent.name.removeprefix("step_")) for p in out.glob("step_*/checkpoint.json"))
 
 
+class SmallDisk:
+    """A file system of a few megabytes."""
+
+    def __init__(self, megabytes):
+        self.size = megabytes
+
+    def __enter__(self):
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="train_gpt_fp8_disk_"))
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}m", "tmpfs", str(self.path)], capture_output=True, text=True)
+        if made.returncode != 0:
+            self.path.rmdir()
+            raise Skipped(f"cannot mount a small file system here: {made.stderr.strip()}")
+        return self
+
+    def remount(self, mode):
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+        self.path.rmdir()
+
+
 class Running:
     """A run whose output is read line by line."""
 

@@ -1,16 +1,14 @@
 """Tests of what a run survives, on the reference device: signals, kills, full disks, damaged checkpoints."""
 import json
 import os
-import pathlib
 import random
 import resource
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 
-from program_runs import ROOT, TINY, Running, Scratch, Skipped, checkpoint_bytes, complete_checkpoints, program, records, train
+from program_runs import ROOT, TINY, Running, Scratch, SmallDisk, checkpoint_bytes, complete_checkpoints, program, records, train
 
 
 def test_interrupt_saves():
@@ -89,28 +87,6 @@ def kill_at_random_moments(kills, steps=30):
 
 def test_kill_at_random_moments():
     kill_at_random_moments(int(os.environ.get("KILLS", "6")))
-
-
-class SmallDisk:
-    """A file system of a few megabytes."""
-
-    def __init__(self, megabytes):
-        self.size = megabytes
-
-    def __enter__(self):
-        self.path = pathlib.Path(tempfile.mkdtemp(prefix="train_gpt_fp8_disk_"))
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self.size}m", "tmpfs", str(self.path)], capture_output=True, text=True)
-        if made.returncode != 0:
-            self.path.rmdir()
-            raise Skipped(f"cannot mount a small file system here: {made.stderr.strip()}")
-        return self
-
-    def remount(self, mode):
-        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
-
-    def __exit__(self, *_):
-        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
-        self.path.rmdir()
 
 
 def fill(file):

@@ -269,18 +269,30 @@ TEST(Prepare, WritesTheEntropyOfTheValidationText) {
 
 TEST(Prepare, ReplacesOnlyItsOwnFilesAndOnlyWhenAsked) {
     const TempFolder folder;
-    write_text(folder / "in/a.txt", std::string(100, 'a'));
+    write_text(folder / "in/a.txt", std::string(10 * kLeastShardTokens, 'a'));
     PrepareOptions options = options_for(folder / "in", folder / "out");
-    options.shard_tokens = 10;
+    options.shard_tokens = kLeastShardTokens;
     EXPECT_EQ(prepare(options).train.shards, 11);
     write_text(folder / "out/mine.bin", "mine");
     EXPECT_ERROR(prepare(options), "holds shards already", "--overwrite");
     options.overwrite = true;
-    options.shard_tokens = 60;
+    options.shard_tokens = 6 * kLeastShardTokens;
     prepare(options);
     std::set<std::string> names;
     for (const auto& [name, bytes] : contents_of(folder / "out")) names.insert(name);
     EXPECT_EQ(names, (std::set<std::string>{"meta.json", "mine.bin", "train_000000.bin", "train_000001.bin"}));
+}
+
+TEST(Prepare, TakesAwayTheFoldersThatItMadeForNothing) {
+    const TempFolder folder;
+    write_text(folder / "bin", std::string(1, '\0'));
+    std::filesystem::create_directory(folder / "mine");
+    for (const char* out : {"a/b/c/", "mine", "mine/d"}) EXPECT_ERROR(prepare(options_for(folder / "bin", folder / out)), "no text in the input");
+    EXPECT_ERROR(prepare(options_for(folder / "bin", folder / "bin/e")), "--out", "Not a directory");
+    EXPECT_ERROR(prepare(options_for(folder / "bin", folder / ("f/" + std::string(300, 'x')))), "--out", "File name too long");
+    EXPECT_FALSE(std::filesystem::exists(folder / "a")) << "of folders that lead there too";
+    EXPECT_FALSE(std::filesystem::exists(folder / "f"));
+    EXPECT_TRUE(contents_of(folder / "mine").empty());
 }
 
 TEST(Prepare, RefusesBadInputAndLeavesNothing) {
@@ -301,11 +313,18 @@ TEST(Prepare, RefusesBadInputAndLeavesNothing) {
     expect(error_with([](auto& o) { o.val_fraction = std::nan(""); }), "--val-fraction nan");
     expect(error_with([](auto& o) { o.val_fraction = 1e-9, o.separator = "?"; }), "validation split is empty: 2 documents");
     expect(error_with([](auto& o) { o.val_fraction = 0.9999999; }), "training split is empty: 2 documents");
-    expect(error_with([](auto& o) { o.shard_tokens = 0; }), "--shard-tokens 0");
+    expect(error_with([](auto& o) { o.shard_tokens = kLeastShardTokens - 1; }), "--shard-tokens 4095: must be at least 4096");
     expect(error_with([](auto& o) { o.threads = 0; }), "--threads 0");
+    expect(error_with([](auto& o) { o.extensions = ""; }), "--extensions: is empty");
+    expect(error_with([](auto& o) { o.out = ""; }), "--out: is empty");
+    expect(error_with([](auto& o) { o.inputs = {""}; }), "INPUT: is empty");
     expect(error_with([](auto& o) { o.extensions = "md"; }), "no files with the extensions md");
     expect(error_with([&](auto& o) { o.inputs = {folder / "bin"}; }), "no text in the input: 1 binary");
     expect(error_with([&](auto& o) { o.out = folder / "in/a.txt"; }), "is not a folder");
-    EXPECT_TRUE(contents_of(folder / "out").empty());
+    // Options first, then the input, then the output.
+    const auto all_wrong = [&](auto& o) { o.threads = 0, o.inputs = {folder / "none"}, o.out = folder / "in/a.txt"; };
+    expect(error_with(all_wrong), "--threads 0");
+    expect(error_with([&](auto& o) { all_wrong(o), o.threads = 1; }), "none: no such file or folder");
+    EXPECT_FALSE(std::filesystem::exists(folder / "out")) << "an error leaves an empty folder";
     EXPECT_EQ(prepare(good).train.documents, 2);
 }
