@@ -213,6 +213,22 @@ def test_fault_other_data():
         assert len(lines) == 1 and "rank 1 has training data" in lines[0], done.stderr
 
 
+def test_fault_other_questions():
+    with Scratch() as out:
+        text = (ROOT / "tests" / "data" / "questions.jsonl").read_text()
+        for folder, questions in (("a", text), ("b", text.rstrip("\n").rsplit("\n", 1)[0] + "\n"), ("c", None)):
+            (out / folder).mkdir()
+            if questions:
+                (out / folder / "questions.jsonl").write_text(questions)
+        command = [str(program()), *SMALL, "--multiple-choice", "questions.jsonl", "--steps", "1", "--out", str(out / "run")]
+        for other, mention in (("b", "rank 1 has questions "), ("c", "rank 1: questions.jsonl: cannot open")):
+            done = subprocess.run([*mpirun(1), "-wdir", str(out / "a"), *command, ":", "-np", "1", "-wdir", str(out / other), *command], env=environment(),
+                                  capture_output=True, text=True, timeout=60)
+            lines = own_errors(done.stderr)
+            assert done.returncode != 0 and len(lines) == 1 and mention in lines[0], done.stderr
+            assert not (out / "run").exists(), "a step was made"
+
+
 def test_bad_option_is_one_line():
     with Scratch() as out:
         done = train(3, "--recipe", "fp4", "--out", str(out / "run"), ok=False)

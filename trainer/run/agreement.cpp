@@ -6,6 +6,7 @@
 
 #include "data/hash.h"
 #include "data/loader.h"
+#include "data/mapped_file.h"
 #include "kernels/common/check.h"
 
 namespace fs = std::filesystem;
@@ -47,6 +48,7 @@ std::vector<World::Fact> facts_of(const Config& config) {
     }
     facts.emplace_back("program", hex(hash_bytes(part_of_file("/proc/self/exe", 0, fs::file_size("/proc/self/exe")))));
     facts.emplace_back("training data", hex(fingerprint(find_shards(config.train, "train"))));
+    if (!config.multiple_choice.empty()) facts.emplace_back("questions", hex(hash_bytes(MappedFile(config.multiple_choice).bytes())));
     if (!config.val.empty()) facts.emplace_back("validation data", hex(fingerprint(find_shards(config.val, "val"))));
     return facts;
 }

@@ -1,4 +1,4 @@
-// What all ranks of a run must have alike before they start: options, program, data.
+// What all ranks of a run must have alike before they start: options, program, data, questions.
 #pragma once
 #include "trainer/config.h"
 #include "trainer/distributed/world.h"
