@@ -166,11 +166,16 @@ def test_multiple_choice():
 
 def test_profile_of_the_host():
     with Scratch() as out:
-        done = train(*TINY, "--steps", "4", "--profile", "2", "--eval-every", "0", "--out", str(out / "run"))
+        done = train(*TINY, "--steps", "4", "--profile", "2", "--profile-trace", str(out / "trace.json"), "--eval-every", "0", "--out", str(out / "run"))
         table = done.stdout[done.stdout.index("profile of 2 steps"):]
         assert "backward matmul" in table and "phases | forward" in table, table
         shares = [float(line.split()[1]) for line in table.splitlines()[2:12]]
         assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5, table
+        events = [e for e in json.loads((out / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
+        assert any(e["name"] == "backward matmul" and e["dur"] > 0 for e in events) and min(e["ts"] for e in events) == 0, events[:3]
+        done = train(*TINY, "--steps", "4", "--profile", "2", "--profile-trace", str(out / "no/folder.json"), "--eval-every", "0", "--out", str(out / "again"))
+        assert "--profile-trace" in done.stderr and "cannot be written: No such file" in done.stderr, done.stderr
+        assert "--profile-trace x.json: needs --profile N" in train(*TINY, "--profile-trace", "x.json", ok=False).stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ struct Config {
     int64_t log_every = 1;
     std::string gemm_cache;     // file of tuned GEMM algorithms; parse_config sets a default, "" on the command line: none
     int64_t profile = 0;        // steps; 0: none
+    std::string profile_trace;  // file
 
     // Instead of training; at most one
     std::string generate;  // checkpoint: print samples of it

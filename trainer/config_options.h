@@ -84,6 +84,7 @@ void for_each_option(C& c, Visitor&& visit) {
           c.gemm_cache);
 
     visit(OptionInfo{"Logging and tuning", "profile", "trace so many steps after the second and print where their time went (0: none)"}, c.profile);
+    visit(OptionInfo{"Logging and tuning", "profile-trace", "also write those steps' timeline to this file, for ui.perfetto.dev (ranks but the first add their number)"}, c.profile_trace);
 
     visit(OptionInfo{kModes, "generate", "print samples of this checkpoint (its folder, or a run's)"}, c.generate);
     visit(OptionInfo{kModes, "evaluate", "measure this checkpoint (--val, --multiple-choice)"}, c.evaluate);

@@ -90,6 +90,7 @@ void validate_text(const Config& c) {
     REQUIRE(c.temperature >= 0 && std::isfinite(c.temperature), "--temperature %g: must be at least 0 and finite", double(c.temperature));
     REQUIRE(c.top_k >= 0, "--top-k %d: must be at least 0", c.top_k);
     REQUIRE(c.profile >= 0, "--profile %lld: must be at least 0", ll(c.profile));
+    REQUIRE(c.profile_trace.empty() || c.profile > 0, "--profile-trace %s: needs --profile N, the number of steps to trace", c.profile_trace.c_str());
 }
 
 void validate_files(const Config& c) {

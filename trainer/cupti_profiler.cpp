@@ -110,7 +110,7 @@ class CuptiProfiler final : public Profiler, public MarkListener {
             const int entry = entry_of(r);
             // Copy engines' collectives are copies, and ranks' sums are kernels of ours: all that is enqueued for the ranks counts.
             const bool for_ranks = marks_.phase(entry) == "communication";
-            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), for_ranks ? Work::communication : r.work});
+            records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), for_ranks ? Work::communication : r.work, r.stream});
         }
         return summarize(std::move(records), marks_, double(steps));
     }
@@ -121,6 +121,7 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         uint64_t start_ns, end_ns, node;
         uint32_t correlation;
         Work work;
+        uint32_t stream;
     };
 
     int entry_of(const Record& r) const {
@@ -171,7 +172,7 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         if (CUPTI(cuptiActivityGetNumDroppedRecords)(context, stream, &dropped) == CUPTI_SUCCESS) dropped_ += dropped;
     }
     void keep(const CUpti_Activity* record) {
-        const auto add = [&](const auto* r, std::string name, Work work) { records_.push_back({std::move(name), r->start, r->end, r->graphNodeId, r->correlationId, work}); };
+        const auto add = [&](const auto* r, std::string name, Work work) { records_.push_back({std::move(name), r->start, r->end, r->graphNodeId, r->correlationId, work, r->streamId}); };
         if (record->kind == CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) {
             const auto* r = reinterpret_cast<const CUpti_ActivityKernel10*>(record);
             const std::string name = short_name(r->name);

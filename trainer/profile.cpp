@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "kernels/common/check.h"
 #include "trainer/metrics.h"
@@ -63,7 +64,7 @@ ProfileRow row_of(const std::string& operation, const Sum& sum, double summed_ms
             .of_ceiling = sum.ideal_ms > 0 ? sum.ideal_ms / sum.ms : std::numeric_limits<double>::quiet_NaN()};
 }
 
-std::string name_of(const ProfileRow& row) { return row.operation.empty() ? "(no mark)" : row.operation; }
+std::string name_of(const std::string& operation) { return operation.empty() ? "(no mark)" : operation; }
 
 void add_to_phase(std::vector<Profile::Phase>& phases, const std::string& name, double ms) {
     const auto at = std::find_if(phases.begin(), phases.end(), [&](const Profile::Phase& phase) { return phase.name == name; });
@@ -82,13 +83,25 @@ std::vector<Span> joined(std::vector<Span> spans) {
     return apart;
 }
 
-Covered communication_of(const std::vector<ProfileRecord>& records) {
-    std::vector<Span> communication, compute;
-    for (const ProfileRecord& r : records) {
-        if (r.work == Work::communication) communication.push_back({r.start_ns, r.end_ns});
-        if (r.work == Work::compute) compute.push_back({r.start_ns, r.end_ns});
+std::vector<Span> spans_of(const std::vector<ProfileRecord>& records, Work work) {
+    std::vector<Span> spans;
+    for (const ProfileRecord& r : records)
+        if (r.work == work) spans.push_back({r.start_ns, r.end_ns});
+    return spans;
+}
+
+std::vector<CommunicationRow> communication_rows(const std::vector<ProfileRecord>& records, const MarkLog& marks, double steps) {
+    std::map<std::pair<std::string, std::string>, std::vector<Span>> kinds;
+    for (const ProfileRecord& r : records)
+        if (r.work == Work::communication) kinds[{marks.operation(r.entry), r.kernel}].push_back({r.start_ns, r.end_ns});
+    const std::vector<Span> compute = spans_of(records, Work::compute);
+    std::vector<CommunicationRow> rows;
+    for (const auto& [kind, spans] : kinds) {
+        const Covered c = covered(spans, compute);
+        rows.push_back({kind.first, kind.second, double(spans.size()) / steps, double(c.total_ns) * 1e-6 / steps, double(c.exposed_ns) * 1e-6 / steps});
     }
-    return covered(std::move(communication), std::move(compute));
+    std::sort(rows.begin(), rows.end(), [](const CommunicationRow& a, const CommunicationRow& b) { return a.exposed_ms > b.exposed_ms; });
+    return rows;
 }
 
 }  // namespace
@@ -129,13 +142,16 @@ Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, doub
         profile.summed_ms += ms;
         const std::string& phase = marks.phase(r.entry);
         add_to_phase(profile.phases, phase.empty() ? "other" : phase, ms);
+        const uint64_t origin = records.front().start_ns;
+        profile.timeline.push_back({marks.operation(r.entry), r.kernel, r.work, r.stream, r.start_ns - origin, r.end_ns - origin});
     }
     profile.busy_ms = double(busy) * 1e-6 / steps;
     profile.span_ms = double(covered_to - records.front().start_ns) * 1e-6 / steps;
     profile.launches = double(records.size()) / steps;
-    const Covered communication = communication_of(records);
+    const Covered communication = covered(spans_of(records, Work::communication), spans_of(records, Work::compute));
     profile.communication_ms = double(communication.total_ns) * 1e-6 / steps;
     profile.exposed_ms = double(communication.exposed_ns) * 1e-6 / steps;
+    profile.communication = communication_rows(records, marks, steps);
     for (const auto& [key, sum] : sums) profile.rows.push_back(row_of(key.first, sum, profile.summed_ms));
     std::sort(profile.rows.begin(), profile.rows.end(), [](const ProfileRow& a, const ProfileRow& b) { return a.ms > b.ms; });
     return profile;
@@ -144,17 +160,21 @@ Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, doub
 std::string format_profile(const Profile& profile, size_t rows) {
     const size_t shown = std::min(rows, profile.rows.size());
     size_t width = 0;
-    for (size_t i = 0; i < shown; ++i) width = std::max(width, name_of(profile.rows[i]).size());
+    for (size_t i = 0; i < shown; ++i) width = std::max(width, name_of(profile.rows[i].operation).size());
     std::string text = message("%9s %7s %8s %11s  %-*s  %s\n", "ms", "share", "calls", "of ceiling", int(width), "operation", "kernel");
     for (size_t i = 0; i < shown; ++i) {
         const ProfileRow& r = profile.rows[i];
         text += message("%9.3f %7s %8.1f %11s  %-*s  %.60s\n", r.ms, format_percent(r.share, 1).c_str(), r.calls,
-                        format_percent(r.of_ceiling, 0).c_str(), int(width), name_of(r).c_str(), r.kernel.c_str());
+                        format_percent(r.of_ceiling, 0).c_str(), int(width), name_of(r.operation).c_str(), r.kernel.c_str());
     }
     text += "phases";
     for (const Profile::Phase& phase : profile.phases)
         text += message(" | %s %.3f ms, %s", phase.name.c_str(), phase.ms, format_percent(phase.ms / profile.summed_ms, 1).c_str());
-    return text + "\n";
+    text += "\n";
+    if (!profile.communication.empty()) text += message("%9s %9s %8s  communication (exposed: no compute beside it)\n", "ms", "exposed", "calls");
+    for (const CommunicationRow& r : profile.communication)
+        text += message("%9.3f %9.3f %8.1f  %s  %.60s\n", r.ms, r.exposed_ms, r.calls, name_of(r.operation).c_str(), r.kernel.c_str());
+    return text;
 }
 
 std::string format_communication(const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms) {
@@ -165,4 +185,14 @@ std::string format_communication(const std::vector<double>& communication_ms, co
                         format_percent(exposed_ms[r] / communication_ms[r], 1).c_str());
     }
     return text.empty() ? "" : text + "\n";
+}
+
+std::string format_timeline(const Profile& profile, int rank) {
+    constexpr const char* kWork[] = {"compute", "communication", "copy or fill"};
+    nlohmann::ordered_json events = nlohmann::ordered_json::array();
+    events.push_back({{"ph", "M"}, {"name", "process_name"}, {"pid", rank}, {"args", {{"name", message("rank %d", rank)}}}});
+    for (const TimelineEvent& e : profile.timeline)
+        events.push_back({{"ph", "X"}, {"name", name_of(e.operation)}, {"cat", kWork[int(e.work)]}, {"pid", rank}, {"tid", e.stream}, {"ts", double(e.start_ns) * 1e-3},
+                          {"dur", double(e.end_ns - e.start_ns) * 1e-3}, {"args", {{"kernel", e.kernel}}}});
+    return nlohmann::ordered_json{{"traceEvents", events}}.dump(-1, ' ', true, nlohmann::ordered_json::error_handler_t::replace);
 }

@@ -52,6 +52,7 @@ struct ProfileRecord {
     uint64_t start_ns, end_ns;
     double ideal_s;
     Work work = Work::compute;
+    uint32_t stream = 0;
 };
 // Of a kernel by its name: NCCL's move data between GPUs.
 Work work_of_kernel(const std::string& name);
@@ -71,6 +72,19 @@ struct ProfileRow {
     double of_ceiling;              // ideal time over measured time, NaN when nothing is known about the operation
 };
 
+// Communication of one kind: what of it no compute covers.
+struct CommunicationRow {
+    std::string operation, kernel;
+    double calls, ms, exposed_ms;  // of a step
+};
+
+struct TimelineEvent {
+    std::string operation, kernel;
+    Work work;
+    uint32_t stream;
+    uint64_t start_ns, end_ns;  // since the first one started
+};
+
 struct Profile {
     double busy_ms = 0, span_ms = 0, summed_ms = 0;  // of a step: union of the records, first start to last end, sum
     double launches = 0;
@@ -81,11 +95,15 @@ struct Profile {
         double ms;
     };
     std::vector<Phase> phases;     // in order of first appearance
+    std::vector<CommunicationRow> communication;  // most exposed first
+    std::vector<TimelineEvent> timeline;          // of all steps, in order of their starts
 };
 
 Profile summarize(std::vector<ProfileRecord> records, const MarkLog& marks, double steps);
 
-// The table for people: one line a row, at most `rows` of them, then the phases.
+// The table for people: one line a row, at most `rows` of them, then the phases, then what was communicated.
 std::string format_profile(const Profile& profile, size_t rows);
 // Of every rank, one line; "" where nobody communicated.
 std::string format_communication(const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms);
+// Chrome's trace format (ui.perfetto.dev, chrome://tracing): a process a rank, a thread a stream, times in microseconds.
+std::string format_timeline(const Profile& profile, int rank);

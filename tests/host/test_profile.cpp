@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "trainer/profiler.h"
@@ -139,6 +140,38 @@ TEST(Profile, CommunicationIsExposedWhereNoComputeRuns) {
     EXPECT_DOUBLE_EQ(p.exposed_ms, 0.5);
     EXPECT_EQ(format_communication({0, 0}, {0, 0}), "");
     EXPECT_EQ(format_communication({2, 4}, {0.5, 1}), "communication | rank 0 2.000 ms, 0.500 ms (25.0 %) with no compute beside it | rank 1 4.000 ms, 1.000 ms (25.0 %) with no compute beside it\n");
+}
+
+// What of each kind of communication is exposed, and the timeline that it was taken from.
+TEST(Profile, CommunicationByKind) {
+    MarkLog marks;
+    marks.enter({"communication", -1, {}});
+    const int gather = marks.enter({"all_gather", -1, {}});
+    marks.leave();
+    const int reduce = marks.enter({"all_reduce", -1, {}});
+    const std::vector<ProfileRecord> records = {{"gemm", MarkLog::kNone, 5'000'000, 9'000'000, 0, Work::compute, 7},
+                                                {"copy", gather, 6'000'000, 8'000'000, 0, Work::communication, 13},
+                                                {"copy", gather, 8'000'000, 10'000'000, 0, Work::communication, 13},
+                                                {"nccl\xff", reduce, 10'000'000, 16'000'000, 0, Work::communication, 13}};
+    const Profile p = summarize(records, marks, 2);
+    ASSERT_EQ(p.communication.size(), 2u);
+    EXPECT_EQ(p.communication[0].operation, "communication all_reduce");
+    EXPECT_DOUBLE_EQ(p.communication[0].exposed_ms, 3);
+    EXPECT_EQ(p.communication[1].kernel, "copy");
+    EXPECT_DOUBLE_EQ(p.communication[1].calls, 1);
+    EXPECT_DOUBLE_EQ(p.communication[1].ms, 2);
+    EXPECT_DOUBLE_EQ(p.communication[1].exposed_ms, 0.5);
+    EXPECT_NE(format_profile(p, 1).find("2.000     0.500      1.0  communication all_gather  copy"), std::string::npos) << format_profile(p, 1);
+
+    const auto json = nlohmann::json::parse(format_timeline(p, 3)).at("traceEvents");
+    ASSERT_EQ(json.size(), 5u);  // the first one names the process
+    EXPECT_EQ(json[0]["args"]["name"], "rank 3");
+    EXPECT_EQ(json[1]["name"], "(no mark)");
+    EXPECT_EQ(json[1]["tid"], 7);
+    EXPECT_EQ(json[3]["ts"], 3000.0);
+    EXPECT_EQ(json[3]["dur"], 2000.0);
+    EXPECT_EQ(json[4]["cat"], "communication");
+    EXPECT_EQ(json[4]["pid"], 3);
 }
 
 TEST(Profile, NothingRecordedIsAnError) { EXPECT_THROW(summarize({}, MarkLog(), 1), std::exception); }

@@ -1,8 +1,11 @@
 #include "trainer/run/training_loop.h"
 
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 
 #include "data/printable.h"
 #include "kernels/common/check.h"
@@ -127,6 +130,19 @@ void TrainingLoop::reach_profile() {
     p_.world.host().all_gather(communication.data(), sizeof(double));
     p_.world.host().all_gather(exposed.data(), sizeof(double));
     p_.log.profile(step_, p_.profile.steps(), *profile, communication, exposed);
+    write_timeline(*profile);
+}
+
+// A run does not end for want of it.
+void TrainingLoop::write_timeline(const Profile& profile) const {
+    std::string path = p_.config.profile_trace;
+    if (path.empty()) return;
+    const int rank = p_.world.rank();
+    if (rank > 0) path += message(".rank%d", rank);
+    std::ofstream file(path);
+    file << format_timeline(profile, rank) << "\n";
+    file.close();
+    if (!file) std::fprintf(stderr, "warning: --profile-trace %s: cannot be written: %s\n", path.c_str(), std::strerror(errno));
 }
 
 // What this rank received, by group of ranks; groups that are the same object are one.

@@ -55,6 +55,7 @@ class TrainingLoop {
     void enqueue(int64_t step);
     void finish_one();
     void reach_profile();
+    void write_timeline(const Profile& profile) const;
     void log_traffic();
     void evaluate(int64_t steps_done);
     void sample(int64_t steps_done);
