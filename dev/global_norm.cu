@@ -32,7 +32,30 @@ void check(Report& report, const std::string& name, const std::vector<float>& x)
     report.expect(name + " guards", shape, partials.guards_intact() && again.guards_intact(), "intact");
 }
 
+// As many as one to many units leave, in the kernel's order: a thread's in turn, then pairs of threads, whose sums are the same from either side.
+void check_fold(Report& report, size_t n) {
+    constexpr size_t kThreads = size_t(kFoldedPartials) * 32;
+    std::vector<float> x = random_normal(n, 1e6f);
+    for (float& value : x) value = std::fabs(value);
+    std::vector<double> sums(kThreads);
+    for (size_t i = 0; i < n; ++i) sums[i % kThreads] += double(x[i]);
+    std::vector<float> expected;
+    for (size_t warp = 0; warp < kThreads; warp += 32) {
+        for (size_t half = 16; half > 0; half /= 2)
+            for (size_t lane = 0; lane < half; ++lane) sums[warp + lane] += sums[warp + lane + half];
+        expected.push_back(float(sums[warp]));
+    }
+    const DeviceBuffer<float> in(x), folded(size_t{kFoldedPartials});
+    fold_partials(in.get(), int(n), folded.get(), nullptr);
+    const std::vector<float> got = folded.download();
+    report.compare_bits("fold", message("n=%zu", n), got, expected);
+    const double of_all = total_of(x), error = of_all == 0 ? total_of(got) : std::fabs(total_of(got) / of_all - 1);
+    report.expect("fold keeps the sum", message("n=%zu", n), error <= 0x1p-24, message("rel %.1e", error));
+    report.expect("fold guards", message("n=%zu", n), folded.guards_intact(), "intact");
+}
+
 void checks(Report& report) {
+    for (const size_t n : {size_t(0), size_t(1), size_t(33), size_t(1023), size_t(1025), 3 * n_partials(), 97 * n_partials()}) check_fold(report, n);
     std::vector<size_t> sizes = {0, 4, 8, 36, 1020, 4096, 100004, (size_t(1) << 20) + 4};
     if (!report.small_only) sizes.push_back((size_t(1) << 26) + 12);
     for (const size_t n : sizes) {
@@ -70,6 +93,10 @@ void benches(Report& report) {
         report.bench({.name = "sum_of_squares", .shape = model.name, .bytes = 4.0 * double(n)},
                      [&](int, cudaStream_t s) { sum_of_squares(x.get(), int64_t(n), partials.get(), s); });
     }
+    const size_t units = 97;  // of 1558M
+    const DeviceBuffer<float> of_units(random_normal(units * n_partials())), folded(size_t{kFoldedPartials});
+    report.bench({.name = "fold_partials", .shape = "97 units", .bytes = 4.0 * double(units * n_partials())},
+                 [&](int, cudaStream_t s) { fold_partials(of_units.get(), int(units * n_partials()), folded.get(), s); });
 }
 }  // namespace
 

@@ -43,6 +43,17 @@ __global__ void __launch_bounds__(kThreads) sum_of_squares_kernel(const float* _
     }
 }
 
+// One block, a result a warp.
+constexpr int kFoldThreads = kFoldedPartials * kWarpSize;
+
+__global__ void __launch_bounds__(kFoldThreads) fold_partials_kernel(const float* __restrict__ partials, int n, float* __restrict__ folded) {
+    double sum = 0.0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < n; i += kFoldThreads) sum += double(partials[i]);
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (threadIdx.x % kWarpSize == 0) folded[threadIdx.x / kWarpSize] = float(sum);
+}
+
 }  // namespace
 
 int global_norm_partials() { return kBlocks; }
@@ -53,5 +64,12 @@ void sum_of_squares(const float* x, int64_t n, float* partials, cudaStream_t str
     REQUIRE(reinterpret_cast<uintptr_t>(x) % 16 == 0, "sum_of_squares: x=%p must be 16-byte aligned",
             static_cast<const void*>(x));
     sum_of_squares_kernel<<<kBlocks, kThreads, 0, stream>>>(x, n / 4, partials);
+    CUDA_CHECK_LAUNCH();
+}
+
+void fold_partials(const float* partials, int n, float* folded, cudaStream_t stream) {
+    const Mark mark("fold_partials");
+    REQUIRE(n >= 0, "fold_partials: n=%d must not be negative", n);
+    fold_partials_kernel<<<1, kFoldThreads, 0, stream>>>(partials, n, folded);
     CUDA_CHECK_LAUNCH();
 }

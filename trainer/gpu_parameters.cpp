@@ -95,6 +95,7 @@ void GpuParameters::request_gradients(Arena& shared) {
 void GpuParameters::request_tables(Arena& arena, Arena& shared) {
     const size_t parameters = list_.all.size(), slots = size_t(slot_count_);
     shared.request(norm_partials_, size_t(norm_partials()), "step state, tables");
+    arena.request(slice_partials_, shape_.sharded ? list_.units.size() * size_t(global_norm_partials()) : 0, "step state, tables");
     arena.request(adamw_tensors_, held_.pieces.size(), "step state, tables");
     arena.request(quantized_, shape_.sharded ? 0 : parameters, "step state, tables");
     arena.request(slot_tensors_, shape_.sharded ? slots : 0, "step state, tables");
@@ -123,11 +124,8 @@ void GpuParameters::request_weights(Arena& arena, Arena& shared) {
     shared.request(slots_, size_t(slot_count_), "scales");
 }
 
-int GpuParameters::norm_partials_of_slices() const {
-    if (!shape_.sharded) return 0;
-    return global_norm_partials() * (shape_.partial ? 1 : int(list_.units.size()));
-}
-int GpuParameters::norm_partials() const { return group().size() * norm_partials_of_slices() + global_norm_partials(); }
+int GpuParameters::norm_partials() const { return (shape_.sharded ? group().size() * kFoldedPartials : 0) + global_norm_partials(); }
+float* GpuParameters::folded_norm() const { return norm_partials_ + group().rank() * kFoldedPartials; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Places and tables
@@ -164,7 +162,8 @@ void GpuParameters::place_units() {
     }
 }
 
-// Where AdamW puts what follows from new masters, a piece each.
+// Where AdamW puts what follows from new masters, a piece each. Units are in the order of the flat arrays, so the embedding's
+// pieces come first.
 void GpuParameters::upload_adamw_tables() {
     std::vector<AdamWTensor> tensors;
     for (const HeldPiece& piece : held_.pieces) {
@@ -183,8 +182,13 @@ void GpuParameters::upload_adamw_tables() {
         }
         tensors.push_back(t);
     }
-    adamw_count_ = int(tensors.size());
-    adamw_blocks_ = adamw_plan(tensors.data(), adamw_count_);
+    if (shape_.sharded) {
+        const auto of_embedding = [&](const HeldPiece& piece) { return unit_of_[size_t(piece.parameter)] == list_.embedding_unit; };
+        adamw_embedding_.count = int(std::count_if(held_.pieces.begin(), held_.pieces.end(), of_embedding));
+        REQUIRE(std::all_of(held_.pieces.begin(), held_.pieces.begin() + adamw_embedding_.count, of_embedding), "the embedding's %d pieces do not come first", adamw_embedding_.count);
+    }
+    adamw_others_ = {.first = adamw_embedding_.count, .count = int(tensors.size()) - adamw_embedding_.count};
+    for (AdamWPart* part : {&adamw_embedding_, &adamw_others_}) part->blocks = adamw_plan(tensors.data() + part->first, part->count);
     upload(adamw_tensors_, tensors);
     if (!shape_.sharded) return;
     std::vector<AdamWTensor> slots;

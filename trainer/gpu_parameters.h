@@ -57,7 +57,7 @@ class GpuParameters {
     void execute(const Operation& operation, Position position, cudaStream_t stream);
 
     // Lets ranks connect, before any collective is captured. Leaves anything in the gradients.
-    void connect(cudaStream_t stream) const;
+    void connect(cudaStream_t stream);
     // The optimizer, once the gradients are complete. Capturable.
     void update(cudaStream_t stream);
     // Of what this rank holds. Collective, like what follows: weights are gathered.
@@ -95,8 +95,8 @@ class GpuParameters {
     Communicator& group() const { return *options_.parallel.group; }
     int64_t rest_elements() const { return list_.flat_elements - list_.cleared_from; }
     float* rest_gradients() const { return grads_ + (shape_.partial ? held_.rest_offset : list_.cleared_from); }
-    int norm_partials_of_slices() const;
     int norm_partials() const;
+    float* folded_norm() const;  // this rank's part of what ranks exchange
 
     void request_weights(Arena& arena, Arena& shared);
     void request_gradients(Arena& shared);
@@ -110,15 +110,21 @@ class GpuParameters {
     void gather(int unit, cudaStream_t stream) const;
     void transpose(int unit, cudaStream_t stream) const;
     void reduce(int unit, Position position, cudaStream_t stream) const;
+    void reduce_last(int unit, cudaStream_t stream) const;
     void reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const;
     void reduce_over_replicas(const Place& place, cudaStream_t stream) const;
     void reduce_rest(cudaStream_t stream) const;
     void reduce_norm(cudaStream_t stream) const;
     void reduce_amaxes(cudaStream_t stream) const;
+    void measure_blocks(cudaStream_t stream) const;
     void measure_norm(cudaStream_t stream) const;
-    void update_masters(cudaStream_t stream) const;
+    void prepare(cudaStream_t stream) const;
     void cast(cudaStream_t stream) const;
-    AdamWUpdate adamw() const;
+    // The embedding's pieces, which are updated first if they are then gathered, and the others.
+    struct AdamWPart {
+        int first = 0, count = 0, blocks = 0;
+    };
+    AdamWUpdate adamw(const AdamWPart& part) const;
 
     const EngineOptions& options_;
     const ParameterList& list_;
@@ -149,12 +155,13 @@ class GpuParameters {
     char* arrived_ = nullptr;               // sharded: of the largest unit, every rank's gradients of this rank's slice
 
     AdamWTensor* adamw_tensors_ = nullptr;  // a piece each
-    int adamw_count_ = 0, adamw_blocks_ = 0;
+    AdamWPart adamw_embedding_, adamw_others_;
     AdamWTensor* slot_tensors_ = nullptr;   // sharded: every slot, also of matrices that this rank has no piece of
     QuantizeWeight* quantized_ = nullptr;   // not sharded
     QuantizePiece* pieces_ = nullptr;       // sharded
     int quantized_count_ = 0;
     int64_t quantized_tiles_ = 0;
     TransposeCodes* transposes_ = nullptr;  // sharded: every FP8 matrix
-    float* norm_partials_ = nullptr;
+    float* norm_partials_ = nullptr;        // what optimizer_prepare adds: sharded: every rank's slices, folded; then the rest or all
+    float* slice_partials_ = nullptr;       // sharded: of every unit's slice
 };

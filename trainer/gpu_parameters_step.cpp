@@ -10,9 +10,12 @@
 void GpuParameters::clear_added_gradients(cudaStream_t stream) const {
     CUDA_CHECK(cudaMemsetAsync(rest_gradients(), 0, size_t(rest_elements()) * sizeof(float), stream));
     if (!shape_.partial) return;
-    // Its first reduction comes with the second micro-batch, in a graph that the third one uses too.
-    const Place& embedding = places_[size_t(list_.embedding_unit)];
-    CUDA_CHECK(cudaMemsetAsync(embedding.reduced, 0, size_t(embedding.slice) * sizeof(float), stream));
+    // Their reductions, which come later, add: a graph serves every micro-batch but the first.
+    for (const int layer : {0, kEmbedding})
+        for (const int unit : units_of(layer)) {
+            const Place& place = places_[size_t(unit)];
+            CUDA_CHECK(cudaMemsetAsync(place.reduced, 0, size_t(place.slice) * sizeof(float), stream));
+        }
 }
 
 void GpuParameters::execute(const Operation& operation, Position position, cudaStream_t stream) {
@@ -28,12 +31,20 @@ void GpuParameters::execute(const Operation& operation, Position position, cudaS
         case Task::reduce:
             for (const int unit : units_of(operation.layer)) reduce(unit, position, stream);
             return;
-        case Task::reduce_earlier: return reduce_over_group(places_[size_t(list_.embedding_unit)], true, stream);
+        case Task::reduce_earlier:
+            for (const int unit : units_of(operation.layer)) reduce_over_group(places_[size_t(unit)], true, stream);
+            return;
+        case Task::reduce_last:
+            for (const int unit : units_of(operation.layer)) reduce_last(unit, stream);
+            return;
         case Task::reduce_rest: return reduce_rest(stream);
         case Task::reduce_norm: return reduce_norm(stream);
         case Task::reduce_amaxes: return reduce_amaxes(stream);
+        case Task::measure_blocks: return measure_blocks(stream);
         case Task::measure_norm: return measure_norm(stream);
-        case Task::update: return update_masters(stream);
+        case Task::prepare: return prepare(stream);
+        case Task::update_embedding: return adamw_update(adamw(adamw_embedding_), stream);
+        case Task::update: return adamw_update(adamw(adamw_others_), stream);
         case Task::cast: return cast(stream);
         default: throw Error(message("task %d is the model's", int(operation.task)));
     }
@@ -70,6 +81,13 @@ void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) con
     const Place& place = places_[size_t(unit)];
     if (shape_.sharded) reduce_over_group(place, shape_.partial && !starts_gradients(position), stream);
     if (completes_gradients(position)) reduce_over_replicas(place, stream);
+}
+
+// Added to what earlier micro-batches left, or to zeros.
+void GpuParameters::reduce_last(int unit, cudaStream_t stream) const {
+    const Place& place = places_[size_t(unit)];
+    if (shape_.sharded) reduce_over_group(place, shape_.partial, stream);
+    reduce_over_replicas(place, stream);
 }
 
 // The sum over the group of this rank's slice, alone or added to what earlier micro-batches left.
@@ -114,13 +132,12 @@ void GpuParameters::reduce_rest(cudaStream_t stream) const {
 }
 
 // NCCL connects ranks, and takes memory for it, at the first collective of a kind: here, rather than while a graph is captured.
-void GpuParameters::connect(cudaStream_t stream) const {
+void GpuParameters::connect(cudaStream_t stream) {
     if (shape_.sharded) {
         gather(list_.embedding_unit, stream);
         reduce_norm(stream);
     }
-    if (shape_.reduces_units) reduce(list_.embedding_unit, Position::only, stream);
-    if (shape_.reduces_rest) reduce_rest(stream);
+    for (const Operation& operation : reduce_schedule(shape_)) execute(operation, Position::only, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -135,26 +152,28 @@ void GpuParameters::update(cudaStream_t stream) {
     skip_ = nullptr;
 }
 
-// Partial sums: those of every rank's slices, then those of the rest, or of everything on one rank.
+// Of the slices; their gaps are zeros.
+void GpuParameters::measure_blocks(cudaStream_t stream) const {
+    for (size_t u = 0; u < places_.size(); ++u)
+        if (places_[u].layer > 0) sum_of_squares(places_[u].reduced, places_[u].slice, slice_partials_ + u * size_t(global_norm_partials()), stream);
+}
+
 void GpuParameters::measure_norm(cudaStream_t stream) const {
     if (!shape_.sharded) return sum_of_squares(grads_, list_.flat_elements, norm_partials_, stream);
-    float* partials = norm_partials_ + group().rank() * norm_partials_of_slices();
-    const auto add = [&](const float* gradients, int64_t n) {
-        sum_of_squares(gradients, n, partials, stream);
-        partials += global_norm_partials();
-    };
-    if (shape_.partial) add(grads_, held_.rest_offset);
-    else
-        for (const Place& place : places_) add(place.reduced, place.slice);
-    partials = norm_partials_ + group().size() * norm_partials_of_slices();
-    add(rest_gradients(), rest_elements());
+    for (const int layer : {0, kEmbedding})
+        for (const int unit : units_of(layer)) {
+            const Place& place = places_[size_t(unit)];
+            sum_of_squares(place.reduced, place.slice, slice_partials_ + unit * global_norm_partials(), stream);
+        }
+    fold_partials(slice_partials_, int(places_.size()) * global_norm_partials(), folded_norm(), stream);
+    sum_of_squares(rest_gradients(), rest_elements(), norm_partials_ + group().size() * kFoldedPartials, stream);
 }
 
 // Gathered, and added by every rank in the same order, so that replicas of a slice, whose groups might add in orders of their
 // own, do not part by a last bit of the norm.
 void GpuParameters::reduce_norm(cudaStream_t stream) const {
     const Mark mark("all_gather");
-    group().all_gather(norm_partials_, norm_partials_of_slices() * int64_t(sizeof(float)), stream);
+    group().all_gather(norm_partials_, kFoldedPartials * int64_t(sizeof(float)), stream);
 }
 
 // Slots differ in their amaxes alone, so all their words can take part; non-negative floats keep their order as bits.
@@ -163,16 +182,15 @@ void GpuParameters::reduce_amaxes(cudaStream_t stream) const {
     group().all_reduce(slots_, slot_count_ * int64_t(sizeof(QuantSlot) / sizeof(uint32_t)), Element::u32, Reduction::max, stream);
 }
 
-AdamWUpdate GpuParameters::adamw() const {
-    return {.tensors = adamw_tensors_, .n_tensors = adamw_count_, .blocks = adamw_blocks_, .params = params_, .grads = grads_,
-            .m = m_, .v = v_, .state = state_, .config = options_.adamw};
+void GpuParameters::prepare(cudaStream_t stream) const {
+    optimizer_prepare({.state = state_, .norm_partials = norm_partials_, .n_partials = norm_partials(),
+                       .tensors = shape_.sharded ? slot_tensors_ : adamw_tensors_, .n_tensors = shape_.sharded ? slot_count_ : adamw_others_.count,
+                       .config = options_.adamw}, stream);
 }
 
-void GpuParameters::update_masters(cudaStream_t stream) const {
-    optimizer_prepare({.state = state_, .norm_partials = norm_partials_, .n_partials = norm_partials(),
-                       .tensors = shape_.sharded ? slot_tensors_ : adamw_tensors_, .n_tensors = shape_.sharded ? slot_count_ : adamw_count_,
-                       .config = options_.adamw}, stream);
-    adamw_update(adamw(), stream);
+AdamWUpdate GpuParameters::adamw(const AdamWPart& part) const {
+    return {.tensors = adamw_tensors_ + part.first, .n_tensors = part.count, .blocks = part.blocks, .params = params_, .grads = grads_,
+            .m = m_, .v = v_, .state = state_, .config = options_.adamw};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +208,7 @@ void GpuParameters::load(const TrainState& state, cudaStream_t stream) {
     upload_or_zero(m_, state.m);
     upload_or_zero(v_, state.v);
     if (slot_count_ > 0) CUDA_CHECK(cudaMemsetAsync(slots_, 0, size_t(slot_count_) * sizeof(QuantSlot), stream));
-    adamw_refresh_copies(adamw(), stream);
+    for (const AdamWPart& part : {adamw_embedding_, adamw_others_}) adamw_refresh_copies(adamw(part), stream);
     streams_.run(refresh_schedule(shape_), stream, [&](const Operation& operation, cudaStream_t on) { execute(operation, Position::only, on); });
 }
 
@@ -203,8 +221,9 @@ std::vector<HostCopier::Range> GpuParameters::copies_to(TrainState& state) const
 // ---------------------------------------------------------------------------------------------------------------------
 // For tests
 
-// Slices go to their places in the buffers that backward fills, which the next step fills anew.
+// Of a step's micro-batches. Slices go to their places in the buffers that backward fills, which the next step fills anew.
 std::vector<float> GpuParameters::all_gradients(cudaStream_t stream) {
+    for (const Operation& operation : reduce_schedule(shape_)) execute(operation, Position::only, stream);
     std::vector<float> all(size_t(list_.flat_elements));
     const auto download = [&](int64_t offset, const float* device, int64_t n) {
         CUDA_CHECK(cudaMemcpyAsync(all.data() + offset, device, size_t(n) * sizeof(float), cudaMemcpyDeviceToHost, stream));

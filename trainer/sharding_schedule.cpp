@@ -12,13 +12,11 @@ class Builder {
     // `continues`: a micro-batch of the same step came before.
     void forward(bool continues) {
         const int buffers = shape_.buffers();
-        int embedding_gathered = kNothing;
-        if (shape_.sharded && !continues) {
-            embedding_gathered = add(Task::gather, kEmbedding);
+        if (shape_.sharded && !continues)
             for (int layer = 0; layer < (shape_.gathers ? buffers : shape_.layers); ++layer) gather(layer, kNothing);
-        }
-        if (shape_.partial && continues) earlier_reduced_ = add(Task::reduce_earlier, kEmbedding);
-        add(Task::embed, kEmbedding, embedding_gathered);
+        if (shape_.partial && continues)
+            for (const int layer : kCompletedLast) earlier_reduced_ = add(Task::reduce_earlier, layer);
+        add(Task::embed, kEmbedding);
         for (int layer = 0; layer < shape_.layers; ++layer) {
             const int used = add(Task::forward, layer, gathered_[size_t(layer)]);
             if (shape_.gathers && layer + buffers < shape_.layers) gather(layer + buffers, used);
@@ -38,25 +36,35 @@ class Builder {
             const int buffer_free = shape_.partial && layer + buffers < shape_.layers ? reduced_[size_t(layer + buffers)] : kNothing;
             const int used = add(Task::backward, layer, std::max(gathered, buffer_free));
             if (shape_.gathers && layer - buffers >= 0) gather(layer - buffers, used);
-            if (reduces) reduced_[size_t(layer)] = add(Task::reduce, layer, used);
+            if (reduces && layer > 0) reduced_[size_t(layer)] = add(Task::reduce, layer, used);
         }
-        const int embedded = add(Task::embed_backward, kEmbedding);
-        if (shape_.reduces_units && completes) add(Task::reduce, kEmbedding, embedded);
-        if (shape_.reduces_rest && completes) add(Task::reduce_rest, kEmbedding, embedded);
+        add(Task::embed_backward, kEmbedding);
+    }
+
+    void reduce_last() {
+        if (shape_.reduces_units)
+            for (const int layer : kCompletedLast) all_reduced_ = add(Task::reduce_last, layer);
+        if (shape_.reduces_rest) all_reduced_ = add(Task::reduce_rest, kEmbedding);
     }
 
     void update() {
-        const int measured = add(Task::measure_norm, kEmbedding);
-        updated_ = add(Task::update, kEmbedding, shape_.sharded ? add(Task::reduce_norm, kEmbedding, measured) : kNothing);
+        if (shape_.sharded && shape_.layers > 1) add(Task::measure_blocks, kEmbedding);
+        const int measured = add(Task::measure_norm, kEmbedding, all_reduced_);
+        add(Task::prepare, kEmbedding, shape_.sharded ? add(Task::reduce_norm, kEmbedding, measured) : kNothing);
+        if (shape_.sharded) embedding_updated_ = add(Task::update_embedding, kEmbedding);
+        updated_ = add(Task::update, kEmbedding);
     }
 
     void refresh() {
+        if (shape_.sharded) add(Task::gather, kEmbedding, embedding_updated_);
         add(Task::cast, kEmbedding, shape_.sharded ? add(Task::reduce_amaxes, kEmbedding, updated_) : kNothing);
     }
 
     Schedule take() { return std::move(schedule_); }
 
   private:
+    static constexpr int kCompletedLast[] = {0, kEmbedding};
+
     // A stream that has waited for an operation has waited for those before it on the other stream.
     int add(Task task, int layer, int after = kNothing) {
         int& waited = waited_[communicates(task)];
@@ -69,7 +77,7 @@ class Builder {
     const ShardingShape shape_;
     Schedule schedule_;
     int waited_[2] = {kNothing, kNothing};  // by stream
-    int earlier_reduced_ = kNothing, updated_ = kNothing;
+    int earlier_reduced_ = kNothing, all_reduced_ = kNothing, embedding_updated_ = kNothing, updated_ = kNothing;
     std::vector<int> gathered_, reduced_;  // by layer, the operation that did it
 };
 
@@ -101,8 +109,15 @@ Schedule refresh_schedule(const ShardingShape& shape) {
     return builder.take();
 }
 
+Schedule reduce_schedule(const ShardingShape& shape) {
+    Builder builder(shape);
+    builder.reduce_last();
+    return builder.take();
+}
+
 Schedule optimizer_schedule(const ShardingShape& shape) {
     Builder builder(shape);
+    builder.reduce_last();
     builder.update();
     builder.refresh();
     return builder.take();

@@ -6,13 +6,16 @@
 // differs between ranks, so all of them enqueue their collectives in one order.
 //
 // Weights that stay are gathered with the first micro-batch after an update, all one behind the other, so that they travel beside
-// the forward pass; its backward pass transposes them. Every pass of an evaluation gathers them as well.
+// the forward pass; its backward pass transposes them. Every pass of an evaluation gathers them as well. The embedding's, which
+// nothing could be beside there, follow its update and travel beside that of the others.
 //
 // With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward. So the last
 // blocks of the forward pass need not be gathered again, nor need the first ones, and the embedding, in the next micro-batch of
 // a step. As soon as a buffer is free the next block's gather follows: ahead of the compute of the block before it. Gradients
-// that are reduced every micro-batch take turns in the same way; those of the embedding, which are complete last and needed
-// again only by the next head, are reduced beside the next forward pass.
+// that are reduced every micro-batch take turns in the same way.
+//
+// What backward completes last, the gradients of the first block and of the embedding, is reduced beside what comes next: the
+// next micro-batch's forward pass, or in the optimizer the norm of the other gradients. So are the replicated parameters'.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -24,14 +27,18 @@ enum class Task : uint8_t {
     // The model, on the compute stream. `head`: from the final norm to the gradient of the last block's output.
     embed, forward, head, backward, embed_backward,
     // The parameters, on the compute stream.
-    transpose,     // a block's FP8 weights, as its backward pass needs them
-    measure_norm,  // of the gradients held here
-    update,        // AdamW; BF16 weights and amaxes follow
-    cast,          // FP8 weights
+    transpose,         // a block's FP8 weights, as its backward pass needs them
+    measure_blocks,    // norm of the gradients of all blocks but the first, as held here
+    measure_norm,      // of the others, or of all where ranks hold them whole
+    prepare,           // the whole norm, how to clip, whether to skip
+    update_embedding,  // AdamW; BF16 weights and amaxes follow
+    update,            // of the others, or of all where nothing is gathered
+    cast,              // FP8 weights
     // Collectives
     gather,          // weights of a block or of the embedding
-    reduce,          // gradients of a block or of the embedding
-    reduce_earlier,  // gradients of the embedding, of the micro-batch before
+    reduce,          // gradients of a block
+    reduce_earlier,  // gradients of the first block or the embedding, of the micro-batch before
+    reduce_last,     // the same, of a step's last micro-batch
     reduce_rest,     // what is replicated: its gradients, the loss, the flag
     reduce_norm, reduce_amaxes,
 };
@@ -64,4 +71,6 @@ Schedule forward_schedule(const ShardingShape& shape);
 Schedule micro_batch_schedule(const ShardingShape& shape, Position position);
 // This rank's part of the weights as multiplied, from new masters.
 Schedule refresh_schedule(const ShardingShape& shape);
+// What is left of a step's gradients to reduce, in the optimizer's beside the norm.
+Schedule reduce_schedule(const ShardingShape& shape);
 Schedule optimizer_schedule(const ShardingShape& shape);

@@ -74,6 +74,16 @@ void sum_of_squares(const float* x, int64_t n, float* partials, cudaStream_t str
     });
 }
 
+void fold_partials(const float* partials, int n, float* folded, cudaStream_t stream) {
+    enqueue(stream, [=] {
+        for (int part = 0; part < kFoldedPartials; ++part) {
+            double sum = 0;
+            for (int i = part; i < n; i += kFoldedPartials) sum += double(partials[i]);
+            folded[part] = float(sum);
+        }
+    });
+}
+
 int adamw_plan(AdamWTensor* tensors, int count) {
     for (int i = 0; i < count; ++i) {
         const AdamWTensor& t = tensors[i];
