@@ -28,6 +28,7 @@
 #include "trainer/run/start.h"
 #include "trainer/run/training_loop.h"
 #include "trainer/run/verify.h"
+#include "trainer/standard_output.h"
 
 namespace {
 
@@ -65,6 +66,17 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
                   .world = world, .held = held, .parallel = parallel}).run();
 }
 
+// What concerns no other rank. False: nothing of that was asked for.
+bool print_alone(const Config& config, const Launch& launch) {
+    if (config.print_config) std::fputs(to_toml(config).c_str(), stdout);
+    else if (config.help_markdown) std::fputs(options_markdown().c_str(), stdout);
+    else if (config.verify) verify(config);
+    else if (!config.dry_run) return false;
+    else if (launch.rank == 0) dry_run(config, launch.size);
+    require_written_output();
+    return true;
+}
+
 // Ranks meet before anything can fail, so that a failure of any of them ends all.
 void run(int argc, char** argv) {
     const Clock::time_point program_start = Clock::now();
@@ -76,13 +88,7 @@ void run(int argc, char** argv) {
     } catch (const Error& error) {
         bad_options = std::make_unique<Error>(error);
     }
-    if (!bad_options) {  // these concern no other rank
-        if (config.print_config) return void(std::fputs(to_toml(config).c_str(), stdout));
-        if (config.help_markdown) return void(std::fputs(options_markdown().c_str(), stdout));
-        if (config.dry_run && launch.rank == 0) return dry_run(config, launch.size);
-        if (config.dry_run) return;
-        if (config.verify) return verify(config);
-    }
+    if (!bad_options && print_alone(config, launch)) return;
     World world(launch, config.timeout);
     try {
         if (bad_options) throw Error(*bad_options);
@@ -106,6 +112,7 @@ void run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     try {
+        guard_standard_files();
         run(argc, argv);
         return 0;
     } catch (const std::bad_alloc&) {

@@ -72,8 +72,8 @@ DataLoader::DataLoader(DataLoaderOptions options) : options_(std::move(options))
 void DataLoader::check_agreement(const TokenFile& shard) {
     const TokenFileInfo& its = shard.info();
     REQUIRE(options_.vocab_size <= 0 || its.vocab_size <= options_.vocab_size,
-            "%s: made with a vocabulary of %d, must be at most the model's %d", shard.path().c_str(), its.vocab_size,
-            options_.vocab_size);
+            "%s: made with a vocabulary of %d, must be at most the model's %d: %s", shard.path().c_str(), its.vocab_size,
+            options_.vocab_size, vocabulary_advice(its, its.vocab_size).c_str());
     REQUIRE(its.tokenizer == TokenizerId::unknown || info_.tokenizer == TokenizerId::unknown ||
                 its.tokenizer == info_.tokenizer,
             "%s: made with tokenizer %s, the shards before it with %s", shard.path().c_str(),

@@ -70,6 +70,12 @@ uint32_t widen(const char* from, int64_t count, int32_t* out) {
 
 }  // namespace
 
+std::string vocabulary_advice(const TokenFileInfo& info, int64_t needed) {
+    const bool known = info.tokenizer != TokenizerId::unknown;
+    return message("it was made with %s%s; give --vocab-size %lld or more, or data of the model's tokenizer (data/prepare --tokenizer)",
+                   known ? "tokenizer " : "a tokenizer that it does not name", known ? tokenizer_name(info.tokenizer) : "", static_cast<long long>(needed));
+}
+
 const char* tokenizer_name(TokenizerId id) {
     switch (id) {
         case TokenizerId::gpt2: return "gpt2";
@@ -106,8 +112,9 @@ void TokenFile::read(int64_t first, int64_t count, int32_t vocab_size, int32_t* 
     const auto bad = std::find_if(out, out + count, [&](int32_t token) {
         return static_cast<uint32_t>(token) >= static_cast<uint32_t>(vocab_size);
     });
-    throw Error(message("%s: token %u at position %lld, must be below the vocabulary size %d", path_.c_str(),
-                        static_cast<uint32_t>(*bad), static_cast<long long>(first + (bad - out)), vocab_size));
+    const std::string advice = vocab_size == info_.vocab_size ? "" : ": " + vocabulary_advice(info_, int64_t(largest) + 1);
+    throw Error(message("%s: token %u at position %lld, must be below the vocabulary size %d%s", path_.c_str(),
+                        static_cast<uint32_t>(*bad), static_cast<long long>(first + (bad - out)), vocab_size, advice.c_str()));
 }
 
 TokenFileWriter::TokenFileWriter(std::string path, const TokenFileInfo& info) : path_(std::move(path)), info_(info) {

@@ -18,6 +18,8 @@ struct TokenFileInfo {
     TokenizerId tokenizer = TokenizerId::unknown;
     int32_t end_of_text = 0;
 };
+// What to do where a model has fewer tokens than a file needs: "made with tokenizer gpt2; give --vocab-size 50257 or more, or ...".
+std::string vocabulary_advice(const TokenFileInfo& info, int64_t needed);
 
 // Read-only view of one token file. The constructor validates everything but the token values.
 class TokenFile {

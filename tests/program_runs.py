@@ -26,6 +26,11 @@ def train(*options, ok=True):
     return done
 
 
+def without_stdout(*options):
+    """The shell closes it; a file that the program opens then must not take its place."""
+    return subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", str(program()), *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=600)
+
+
 def records(out, kind):
     return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
 

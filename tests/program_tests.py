@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 
-from program_runs import ROOT, SHARDS, TINY, Scratch, checkpoint_bytes, program, records, train
+from program_runs import ROOT, SHARDS, TINY, Scratch, checkpoint_bytes, program, records, train, without_stdout
 
 
 def test_table_of_options_is_current():
@@ -55,6 +55,25 @@ def test_same_run_twice_is_bit_equal():
         assert checkpoint_bytes(out / "a", 3) == checkpoint_bytes(out / "b", 3)
 
 
+def test_a_command_whose_output_is_lost_fails():
+    with Scratch() as out:
+        train(*TINY, "--steps", "2", "--eval-every", "0", "--out", str(out / "run"))
+        run = str(out / "run")
+        for options in (["--help"], ["-h"], ["--help-markdown"], [*TINY, "--print-config"], ["--verify", "--device", "cpu"], ["--dry-run", "--model", "gpt2-124M"],
+                        ["--generate", run, "--device", "cpu", "--max-tokens", "5"],
+                        ["--evaluate", run, "--device", "cpu", "--val", str(SHARDS), "--eval-tokens", "512"]):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([str(program()), *options], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+            assert done.returncode == 1 and len(errors) == 1 and "standard output" in errors[0] and "No space left" in errors[0], f"{options}: {done.returncode} {done.stderr}"
+            done = without_stdout(*options)
+            assert done.returncode == 1 and "standard output" in done.stderr, f"{options}: {done.returncode} {done.stderr}"
+
+
+def test_short_help_is_help():
+    assert train("-h").stdout == train("--steps", "5", "-h").stdout == train("--help").stdout != ""
+
+
 def test_bad_input_is_one_clear_line():
     cases = [
         (["--recipe", "fp4"], "--recipe"),
@@ -62,7 +81,9 @@ def test_bad_input_is_one_clear_line():
         (["--n-heads", "5"], "--n-heads"),
         (["--global-batch-tokens", "500"], "--global-batch-tokens"),
         (["--train", "/nonexistent/folder"], "/nonexistent/folder"),
-        (["--vocab-size", "100"], "100"),  # the shards hold larger token ids
+        (["--vocab-size", "100"], "tokenizer bytes; give --vocab-size 257"),  # the shards hold larger token ids
+        (["--val", "/nonexistent/folder", "--eval-every", "0"], "/nonexistent/folder"),
+        (["--val", "/nonexistent/folder", "--eval-every", "0", "--dry-run"], "/nonexistent/folder"),
         (["--resume", "/nonexistent/step_000001"], "/nonexistent/step_000001"),
         (["--no-such-option", "1"], "--no-such-option"),
     ]

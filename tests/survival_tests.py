@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from program_runs import ROOT, TINY, Running, Scratch, SmallDisk, checkpoint_bytes, complete_checkpoints, program, records, train
+from program_runs import ROOT, TINY, Running, Scratch, SmallDisk, checkpoint_bytes, complete_checkpoints, program, records, train, without_stdout
 
 
 def test_interrupt_saves():
@@ -49,6 +49,23 @@ def test_output_that_nobody_reads_does_not_end_the_run():
         assert process.wait(timeout=120) == 0, f"exit status {process.returncode}: {errors}"
         assert [r["step"] for r in records(out / "run", "step")] == list(range(1, 31)) and complete_checkpoints(out / "run") == [30]
         assert len(errors) == 1 and "standard output" in errors[0] and "log.jsonl" in errors[0], errors
+
+
+def test_a_run_without_standard_output_keeps_its_files():
+    with Scratch() as out:
+        done = without_stdout(*TINY, "--steps", "3", "--eval-every", "0", "--out", str(out / "run"))
+        assert done.returncode == 0 and "standard output" in done.stderr, done.stderr
+        assert [r["step"] for r in records(out / "run", "step")] == [1, 2, 3] and complete_checkpoints(out / "run") == [3]
+
+
+def test_a_reader_that_leaves_before_training_does_not_end_the_run():
+    with Scratch() as out:
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([str(program()), *TINY, "--steps", "3", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT, stdout=writer,
+                              stderr=subprocess.PIPE, text=True, timeout=600)
+        os.close(writer)
+        assert done.returncode == 0 and complete_checkpoints(out / "run") == [3], f"exit status {done.returncode}: {done.stderr}"
 
 
 def kill_at_random_moments(kills, steps=30):

@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <ctime>
 #include <fstream>
@@ -14,6 +15,7 @@
 
 #include "kernels/common/check.h"
 #include "trainer/config_options.h"
+#include "trainer/standard_output.h"
 
 namespace {
 
@@ -108,7 +110,7 @@ std::vector<std::string> last_of_repeated(int argc, char** argv) {
     std::vector<std::vector<std::string>> groups;  // a flag and the words up to the next one
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
-        if (groups.empty() || word.starts_with("--")) groups.emplace_back();
+        if (groups.empty() || word.starts_with("--") || word == "-h") groups.emplace_back();
         groups.back().push_back(word);
     }
     std::vector<std::string> words;
@@ -122,13 +124,15 @@ std::vector<std::string> last_of_repeated(int argc, char** argv) {
 std::string parse_command_line(int argc, char** argv, Config& config) {
     std::string file;
     CLI::App app("Trains GPT models in FP8.", "train_gpt_fp8");
-    app.set_help_flag("--help", "print this and exit");
+    app.set_help_flag("-h,--help", "print this and exit");
     app.add_option("--config", file, "TOML file of these options without the dashes; the command line wins");
     for_each_option(config, CommandLineBuilder{app});
     try {
         app.parse(last_of_repeated(argc, argv));
-    } catch (const CLI::CallForHelp& help) {
-        std::exit(app.exit(help));
+    } catch (const CLI::CallForHelp&) {
+        std::fputs(app.help().c_str(), stdout);
+        require_written_output();
+        std::exit(0);
     } catch (const CLI::ParseError& error) {
         throw Error(error.what());
     }

@@ -319,7 +319,7 @@ TEST(DataLoader, RefusesTokensOutsideTheVocabulary) {
     const TempFolder folder;
     DataLoaderOptions options = data.options(data.kSamples);
     options.vocab_size = 59999;
-    EXPECT_ERROR(DataLoader{options}, "a_train_0.bin", "vocabulary of 60000", "59999");
+    EXPECT_ERROR(DataLoader{options}, "a_train_0.bin", "vocabulary of 60000", "59999", "--vocab-size 60000");
 
     // A file that claims less than it holds, as a foreign one does: found when read, in a target too.
     const std::string path = write_shard(folder / "foreign_train.bin", 100, 17);

@@ -9,6 +9,7 @@
 #include "trainer/run/evaluation.h"
 #include "trainer/run/samples.h"
 #include "trainer/run/start.h"
+#include "trainer/standard_output.h"
 
 namespace {
 
@@ -60,11 +61,11 @@ void generate_from_checkpoint(const Config& config) {
     const std::vector<std::string> texts = samples.run(*model.engine, 0, alone, [](int sample, std::string_view piece) {
         if (sample != 0) return;
         std::fwrite(piece.data(), 1, piece.size(), stdout);
-        std::fflush(stdout);
+        require_written_output();  // nobody listens: no need to go on
     });
     std::printf("\n");
     for (size_t i = 1; i < texts.size(); ++i) std::printf("--- sample %zu\n%s%s\n", i + 1, prompt.c_str(), texts[i].c_str());
-    std::fflush(stdout);
+    require_written_output();
 }
 
 void evaluate_checkpoint(const Config& config) {
@@ -79,7 +80,9 @@ void evaluate_checkpoint(const Config& config) {
         const Validation::Result result = validation.run(*model.engine, *model.shape.parallel.world);
         std::printf("val loss %.4f | %lld tokens\n", result.loss, (long long)result.tokens);
     }
-    if (config.multiple_choice.empty()) return;
-    const std::unique_ptr<Tokenizer> tokenizer = text_tokenizer(model.info.tokenizer, config, "--multiple-choice");
-    std::printf("multiple choice %s\n", format_choices(Choices(config.multiple_choice, model.shape, *tokenizer).run(*model.engine)).c_str());
+    if (!config.multiple_choice.empty()) {
+        const std::unique_ptr<Tokenizer> tokenizer = text_tokenizer(model.info.tokenizer, config, "--multiple-choice");
+        std::printf("multiple choice %s\n", format_choices(Choices(config.multiple_choice, model.shape, *tokenizer).run(*model.engine)).c_str());
+    }
+    require_written_output();
 }

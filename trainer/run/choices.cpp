@@ -4,6 +4,7 @@
 
 #include "data/questions.h"
 #include "kernels/common/check.h"
+#include "trainer/run/samples.h"
 
 namespace {
 
@@ -18,8 +19,7 @@ bool is_space(char c) { return c == ' ' || c == '\n' || c == '\t' || c == '\r'; 
 }  // namespace
 
 Choices::Choices(const std::string& path, const EngineOptions& shape, Tokenizer& tokenizer) : shape_(shape) {
-    REQUIRE(int(tokenizer.vocab_size()) <= shape.model.vocab_size, "tokenizer %s has %u tokens, the model %d", tokenizer.name(), tokenizer.vocab_size(),
-            shape.model.vocab_size);
+    require_vocabulary(tokenizer, shape.model);
     for (const Question& question : read_questions(path)) {
         ChoiceQuestion q{.endings = {}, .label = question.label};
         std::vector<int> context = tokens_of(question.context, tokenizer);

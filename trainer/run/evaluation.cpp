@@ -4,7 +4,7 @@
 #include <vector>
 
 Validation::Validation(const Config& config) : T_(config.model_spec().seq_len), B_(config.micro_batch) {
-    if (config.val.empty() || config.eval_every == 0) return;
+    if (config.val.empty()) return;
     loader_ = std::make_unique<DataLoader>(DataLoaderOptions{.shards = find_shards(config.val, "val"), .seq_len = T_, .samples_per_step = B_,
                                                              .shuffle = false, .vocab_size = config.model_spec().vocab_size});
     samples_ = std::min(loader_->samples_per_epoch(), config.eval_tokens / T_);

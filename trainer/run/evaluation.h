@@ -1,4 +1,5 @@
-// Validation: the first sequences of the validation data, always the same ones, however many a micro-batch holds.
+// Validation: the first sequences of the validation data, always the same ones, however many a micro-batch holds. The data is
+// opened whether or not it will be used (--eval-every 0): a --val that is wrong is an Error at the start.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -10,7 +11,7 @@
 class Validation {
   public:
     explicit Validation(const Config& config);
-    explicit operator bool() const { return loader_ != nullptr; }  // false: no --val, or --eval-every 0
+    explicit operator bool() const { return loader_ != nullptr; }  // false: no --val
 
     std::string tokenizer() const { return tokenizer_name(loader_ ? loader_->info().tokenizer : TokenizerId::unknown); }  // of the data
 

@@ -6,6 +6,7 @@
 #include "kernels/common/peak.h"
 #include "trainer/gpu_info.h"
 #include "trainer/metrics.h"
+#include "trainer/run/evaluation.h"
 #include "trainer/run/micro_batch.h"
 #include "trainer/run/start.h"
 
@@ -83,6 +84,7 @@ void dry_run(Config config, int ranks) {
         std::printf("data    %lld tokens in %zu shards, %.2f epochs\n", ll(train.tokens()), train.shards(),
                     double(config.steps) * double(train.samples_per_step()) / double(train.samples_per_epoch()));
     }
+    const Validation validation(config);  // only whether --val can be opened
     if (config.device == "cpu") plan_on_reference(config);
     else plan_on_gpu(config, parallel, has_gpu);
 }

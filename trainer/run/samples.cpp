@@ -15,10 +15,14 @@ void require_same_tokenizer(const TokenizerOf& a, const TokenizerOf& b) {
             a.whose.c_str(), a.name.c_str(), b.whose.c_str(), b.name.c_str());
 }
 
+void require_vocabulary(const Tokenizer& tokenizer, const ModelSpec& model) {
+    REQUIRE(int(tokenizer.vocab_size()) <= model.vocab_size, "tokenizer %s has %u tokens, the model %d: train it with --vocab-size %u or more, or on data of another tokenizer",
+            tokenizer.name(), tokenizer.vocab_size(), model.vocab_size, tokenizer.vocab_size());
+}
+
 Samples::Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer)
     : config_(config), shape_(shape), tokenizer_(std::move(tokenizer)), prompt_{int(tokenizer_->end_of_text())} {
-    REQUIRE(int(tokenizer_->vocab_size()) <= shape_.model.vocab_size, "tokenizer %s has %u tokens, the model %d", tokenizer_->name(),
-            tokenizer_->vocab_size(), shape_.model.vocab_size);
+    require_vocabulary(*tokenizer_, shape_.model);
     std::vector<uint32_t> ids;
     tokenizer_->encode(config_.prompt, ids);
     prompt_.insert(prompt_.end(), ids.begin(), ids.end());

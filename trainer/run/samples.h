@@ -10,14 +10,17 @@
 #include "trainer/config.h"
 #include "trainer/engine.h"
 
-// The tokenizer of that name (token_file.h), for text in and out. `option` is what needs it, for the Error when it is unknown.
 // An Error that names both, unless their tokenizers are the same or one is not known.
 struct TokenizerOf {
     std::string whose, name;  // of data or a checkpoint
 };
 void require_same_tokenizer(const TokenizerOf& a, const TokenizerOf& b);
 
+// The tokenizer of that name (token_file.h), for text in and out. `option` is what needs it, for the Error when it is unknown.
 std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config& config, const char* option);
+
+// An Error unless the model has every token of it.
+void require_vocabulary(const Tokenizer& tokenizer, const ModelSpec& model);
 
 class Samples {
   public:

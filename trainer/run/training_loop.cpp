@@ -29,8 +29,6 @@ void request_stop(int signal) {
 void stop_on_signals() {
     for (const int signal : {SIGINT, SIGTERM, SIGHUP})
         if (std::signal(signal, request_stop) == SIG_IGN) std::signal(signal, SIG_IGN);  // nohup's is to stay
-    std::signal(SIGPIPE, SIG_IGN);  // `| head` ends the reading, not the run
-    std::signal(SIGXFSZ, SIG_IGN);  // a file that grows beyond a limit is an error of write(), not the end
 }
 
 TrainingLoop::TrainingLoop(const Parts& parts)
@@ -160,7 +158,7 @@ void TrainingLoop::log_traffic() {
 }
 
 void TrainingLoop::evaluate(int64_t steps_done) {
-    if (p_.validation) {
+    if (p_.validation && p_.config.eval_every > 0) {
         const double start = now_s();
         const Validation::Result result = p_.validation.run(p_.engine, p_.world.host());
         p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);

@@ -18,7 +18,7 @@
 #include "trainer/run/samples.h"
 
 // Ctrl-C, SIGTERM and SIGHUP (a terminal that closes): finish the step, save, leave. A second one ends the program at once.
-// One that was ignored, as nohup does, stays so. Output that nobody reads any more does not end the run.
+// One that was ignored, as nohup does, stays so.
 void stop_on_signals();
 
 class TrainingLoop {
