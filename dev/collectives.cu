@@ -4,32 +4,17 @@
 //   mpirun -np N collectives check           N GPUs; every rank prints, and all must pass
 //   mpirun -np N collectives bench           time by size and by what carries it, and what that takes from GEMMs; rank 0 prints
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 
 #include "dev/harness.h"
 #include "dev/parts/collectives/bandwidth.h"
 #include "dev/parts/collectives/streams.h"
+#include "dev/ranks.h"
 #include "trainer/cuda_graph.h"
 #include "trainer/distributed/nccl_communicator.h"
-#include "trainer/distributed/world.h"
 #include "trainer/engine.h"
 
 namespace {
-
-constexpr int kNoGpu = 77;  // status of a dev program
-
-// Ranks meet once a process, for checks and benchmarks.
-World& world() {
-    static World all(find_launch([](const char* name) -> const char* { return std::getenv(name); }), 120);
-    return all;
-}
-
-void take_a_gpu() {
-    int devices = 0;
-    CUDA_CHECK(cudaGetDeviceCount(&devices));
-    CUDA_CHECK(cudaSetDevice(devices == 1 ? 0 : world().local_rank()));
-}
 
 std::unique_ptr<Communicator> make(int most_ctas) {
     take_a_gpu();
@@ -151,29 +136,12 @@ void checks(Report& report) {
 }
 
 void benches(Report& report) {
+    if (world().rank() > 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");  // one table is enough
     if (!nccl_obstacle().empty() || world().size() == 1) return report.skip("collectives", "bandwidth", "needs several GPUs");
     take_a_gpu();
     bench_bandwidth(report, world());
 }
 
-// An error of one rank alone would leave the others waiting in a collective.
-template <void (*kPart)(Report&)>
-void together(Report& report) {
-    const World& all = world();
-    if (kPart == benches && all.rank() > 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");  // one table is enough
-    try {
-        kPart(report);
-    } catch (const std::exception& error) {
-        if (all.alone()) throw;
-        world().fail(error);
-    }
-}
-
 }  // namespace
 
-// Ranks leave together: whoever left before would count as dead, and end the job before its last lines.
-int main(int argc, char** argv) {
-    const int status = run_dev_program(argc, argv, "collectives", together<checks>, together<benches>);
-    if (status != kNoGpu) world().finish();
-    return status;
-}
+int main(int argc, char** argv) { return run_program_of_ranks<checks, benches>(argc, argv, "collectives"); }

@@ -11,32 +11,19 @@
 //   a step that is skipped                                        leaves all of them
 //   gradients, losses                                             one rank's, within what another order of sums may do
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <random>
 
 #include "dev/harness.h"
+#include "dev/ranks.h"
 #include "trainer/distributed/nccl_communicator.h"
-#include "trainer/distributed/world.h"
 #include "trainer/engine.h"
 
 namespace {
 
-constexpr int kNoGpu = 77;  // status of a dev program
 constexpr int kSteps = 4, kMicroBatches = 8, kVocabulary = 257, kSequence = 64, kSequences = 2;  // of a micro-batch
-
-// Ranks meet once a process, and each takes its GPU.
-World& world() {
-    static World all(find_launch([](const char* name) -> const char* { return std::getenv(name); }), 120);
-    return all;
-}
-void take_a_gpu() {
-    int devices = 0;
-    CUDA_CHECK(cudaGetDeviceCount(&devices));
-    CUDA_CHECK(cudaSetDevice(devices == 1 ? 0 : world().local_rank()));
-}
 
 struct Shape {
     const char* name;
@@ -338,7 +325,9 @@ void check_resharding(Report& report, const Case& c, const Alone& alone) {
     }
 }
 
-// NaN on one rank alone is every rank's; a limit skips without one. Then training goes on.
+// What one rank alone meets is every rank's: a loss that is NaN, and gradients that are finite like the loss, as BF16 and FP32 hold
+// them, but whose squares are not, so that only the norm can tell. A limit skips without either. Each counts once, then training
+// goes on.
 void check_skipping(Report& report, const Case& c, const Alone& alone) {
     for (const Mode& mode : all_modes()) {
         const EngineOptions o = spread(alone.options, mode);
@@ -350,15 +339,17 @@ void check_skipping(Report& report, const Case& c, const Alone& alone) {
             engine->enqueue_step(in, batch.inputs, batch.targets);
             return engine->collect();
         };
-        StepInputs bad = inputs_of(0, c.micro_batches), limited = bad;
-        if (world().rank() == world().size() - 1) bad.inverse_valid_tokens = NAN;
+        StepInputs bad = inputs_of(0, c.micro_batches), huge = bad, limited = bad;
+        if (world().rank() == world().size() - 1) bad.inverse_valid_tokens = NAN, huge.inverse_valid_tokens = 1e20f;
         limited.loss_limit = 0;
-        const StepResult nan = step(bad), outlier = step(limited);
+        const StepResult nan = step(bad), infinite = step(huge), outlier = step(limited);
         TrainState saved;
         engine->save(saved);
         const TrainState start = held_part(alone.start, alone.list, held_of(o));
-        bool same = saved.adam_t == 0 && saved.skipped_steps == 2 && engine->weights_digest() == alone.outcome.digest_at_start;
+        bool same = saved.adam_t == 0 && saved.skipped_steps == 3 && engine->weights_digest() == alone.outcome.digest_at_start;
         for (const HeldPiece& piece : held_of(o).pieces) same = same && std::memcmp(saved.params.data() + piece.offset, start.params.data() + piece.offset, size_t(piece.count) * sizeof(float)) == 0;
+        report.expect("gradients beyond float", text, infinite.skip_update && infinite.nonfinite && std::isfinite(infinite.loss_sum) && !std::isfinite(infinite.grad_norm),
+                      message("loss %g, norm %g", double(infinite.loss_sum), double(infinite.grad_norm)));
         report.expect("skipped steps", text, nan.skip_update && nan.nonfinite && outlier.skip_update && !outlier.nonfinite && same, "leave weights and moments");
         const StepResult good = step(inputs_of(0, c.micro_batches));
         const double off = std::abs(double(good.loss_sum) - double(alone.outcome.losses[0]));
@@ -390,23 +381,8 @@ void checks(Report& report) {
     communicators().clear();
 }
 
-// An error of one rank alone would leave the others waiting in a collective.
-void checks_together(Report& report) {
-    try {
-        checks(report);
-    } catch (const std::exception& error) {
-        if (world().alone()) throw;
-        world().fail(error);
-    }
-}
-
 void no_benches(Report&) {}  // speeds: tests/gpu/multi_gpu.py
 
 }  // namespace
 
-// Ranks leave together: whoever left before would count as dead, and end the job before its last lines.
-int main(int argc, char** argv) {
-    const int status = run_dev_program(argc, argv, "sharding", checks_together, no_benches);
-    if (status != kNoGpu) world().finish();
-    return status;
-}
+int main(int argc, char** argv) { return run_program_of_ranks<checks, no_benches>(argc, argv, "sharding"); }

@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int kSteps = 5;
+constexpr int kSteps = 6;
 
 struct Setting {
     std::string recipe = "tensorwise";
@@ -113,6 +113,7 @@ class Side {
         int number;
         float loss_limit;
         bool nonfinite = false;  // a micro-batch has met a value that is not
+        int infinite = -1;       // the micro-batch of all ranks' with a gradient that is not
     };
     // Enqueues them. `expected`: a side whose weights these must be wherever they are used.
     void micro_batches(const Step& step, int first, int count, Side* expected) {
@@ -126,7 +127,7 @@ class Side {
         for (int i = 0; i < count; ++i) {
             const Position position = position_of(i, count);
             if (starts_gradients(position)) parameters_.clear_added_gradients(stream_);
-            run(micro_batch_schedule(parameters_.shape(), position), {position, step.number, first + i, expected});
+            run(micro_batch_schedule(parameters_.shape(), position), {position, step.number, first + i, step.infinite == first + i, expected});
         }
     }
     void update() {
@@ -134,7 +135,7 @@ class Side {
         fake_gpu::run_all();
     }
     void forward(Side* expected) {
-        run(forward_schedule(parameters_.shape()), {Position::only, 0, 0, expected});
+        run(forward_schedule(parameters_.shape()), {Position::only, 0, 0, false, expected});
         fake_gpu::run_all();
     }
     uint64_t digest() { return parameters_.weights_digest(stream_); }
@@ -155,6 +156,7 @@ class Side {
     struct Pass {
         Position position;
         int step, micro_batch;
+        bool infinite;
         Side* expected;
     };
 
@@ -213,6 +215,7 @@ class Side {
                     const float x = float(int(hash >> 16) % 5 - 2);
                     gradient[k] = writes ? x : gradient[k] + x;
                 }
+                if (pass.infinite && i == list_.blocks[0].fc1_weight) gradient[list_[i].count() / 2] = INFINITY;  // in one rank's slice
             }
         });
     }
@@ -233,7 +236,19 @@ void expect_same_state(Side& side, Side& one, const Held& held) {
                     "%s: other masters or moments than one rank's", one.list()[piece.parameter].name.c_str());
 }
 
-// Three micro-batches a rank and step, or one. The third step is skipped for its loss, the fourth for what the last rank alone has met.
+bool unchanged(const TrainState& a, const TrainState& b) {
+    const auto same = [](const auto& x, const auto& y) { return std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0; };
+    return same(a.params, b.params) && same(a.m, b.m) && same(a.v, b.v);
+}
+
+// The norm over all ranks' slices; what is infinite on one is so on all.
+void expect_same_norm(float mine, float its) {
+    const bool good = std::isfinite(its) ? std::fabs(double(mine) / double(its) - 1) < 1e-6 : !std::isfinite(mine);
+    REQUIRE(good, "gradient norm %g, one rank's %g", double(mine), double(its));
+}
+
+// Three micro-batches a rank and step, or one. The third step is skipped for its loss, the fourth for what the last rank alone has met,
+// the fifth for a gradient of that rank's.
 void train(World& world, const Setting& s) {
     fake_gpu::seed(uint32_t(world.rank() * 100 + int(s.shard)));
     EngineOptions options = options_of(s);
@@ -248,9 +263,12 @@ void train(World& world, const Setting& s) {
     REQUIRE(side.digest() == one.digest(), "other weights than one rank's after loading");
     for (int step = 0; step < kSteps; ++step) {
         const int own = step % 2 ? 1 : 3;
-        const bool outlier = step == 2, nonfinite = step == 3, skipped = outlier || nonfinite, last = world.rank() == world.size() - 1;
-        const Side::Step in{.number = step, .loss_limit = outlier ? 0 : INFINITY, .nonfinite = nonfinite};
-        const Side::Step of_rank{.number = step, .loss_limit = in.loss_limit, .nonfinite = nonfinite && last};
+        const bool outlier = step == 2, nonfinite = step == 3, infinite = step == 4, last = world.rank() == world.size() - 1;
+        const bool skipped = outlier || nonfinite || infinite;
+        const Side::Step in{.number = step, .loss_limit = outlier ? 0 : INFINITY, .nonfinite = nonfinite, .infinite = infinite ? (world.size() - 1) * own : -1};
+        const Side::Step of_rank{.number = step, .loss_limit = in.loss_limit, .nonfinite = nonfinite && last, .infinite = in.infinite};
+        const TrainState before = side.saved();
+        const int64_t skipped_before = side.state().skipped_steps;
         if (step == 0) {
             side.micro_batches(of_rank, world.rank() * own, own, &one);
             one.micro_batches(in, 0, own * world.size(), nullptr);
@@ -260,10 +278,12 @@ void train(World& world, const Setting& s) {
         side.update();
         one.micro_batches(in, 0, own * world.size(), nullptr);
         one.update();
-        const double norm_off = std::fabs(double(side.state().grad_norm) / double(one.state().grad_norm) - 1);
-        REQUIRE(norm_off < 1e-6, "gradient norm %g, one rank's %g", double(side.state().grad_norm), double(one.state().grad_norm));
+        expect_same_norm(side.state().grad_norm, one.state().grad_norm);
         REQUIRE(std::fabs(side.state().loss_sum - 0.5f * float(world.size())) < 1e-6f, "the sum of the ranks' losses is %g", double(side.state().loss_sum));
         REQUIRE((side.state().skip_update != 0) == skipped && side.state().adam_t == one.state().adam_t, "step %d: skipped %u", step, side.state().skip_update);
+        REQUIRE(side.state().skipped_steps == skipped_before + skipped && (side.state().nonfinite != 0) == (nonfinite || infinite),
+                "step %d: %lld skipped steps, nonfinite %u", step, (long long)side.state().skipped_steps, side.state().nonfinite);
+        REQUIRE(unchanged(side.saved(), before) == skipped, "step %d: masters or moments %s", step, skipped ? "changed" : "stayed");
         expect_same_state(side, one, held);
         side.forward(&one);  // an evaluation
         REQUIRE(side.digest() == one.digest(), "step %d: other weights than one rank's", step);
