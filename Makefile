@@ -112,6 +112,9 @@ FAKE_GPU := $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard tests/fake_gpu/*.cpp traine
               model_spec recipe reference/quantizer)) $(BUILD)/kernels/common/arena.o $(BUILD)/kernels/common/mark.o
 $(BUILD)/tests/host/test_gpu_parameters: $(BUILD)/tests/host/test_gpu_parameters.o $(FAKE_GPU)
 	@echo "  link $@" && $(CXX) -o $@ $^ -lgtest -lgtest_main -ldl -lpthread -lgomp
+# The copier on a CUDA runtime that its test brings.
+$(BUILD)/tests/host/test_host_copier: $(BUILD)/tests/host/test_host_copier.o $(BUILD)/trainer/host_copier.o
+	@echo "  link $@" && $(CXX) -o $@ $^ -lgtest -lgtest_main -lpthread -lgomp
 $(BUILD)/tests/host/%: $(BUILD)/tests/host/%.o $(TRAINER_OBJECTS) $(KERNEL_OBJECTS) $(DATA_OBJECTS)
 	@echo "  link $@" && $(NVCC) $(NVCCFLAGS) -o $@ $^ $(LDLIBS) -lgtest -lgtest_main
 

@@ -3,6 +3,7 @@ skipped after the tool has said so in one line."""
 import dataclasses
 import json
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import tempfile
 
 from program_runs import ROOT, Skipped
 
-sys.path.insert(0, str(ROOT / "dev"))
+sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "tests" / "gpu")]
 import run_log  # noqa: E402
+import saving  # noqa: E402
 
 STEPS = 20
 
@@ -188,5 +190,23 @@ def models_weak_scaling():
     assert abs(step_ms * rate / 8192e3 - 1) < 0.01, f"fewer tokens than a micro-batch of the table: {first}"
 
 
+def judges_saving():
+    """Each of the three rows of tests/gpu/saving.py fails for its own reason alone."""
+    def statuses(slow, printed=""):
+        records = []
+        for step in range(1, 13):
+            records.append({"kind": "step", "step": step, "seconds": slow.get(step, 9.0 if step == 1 else 1.0)})
+            if step == 8:  # of the snapshot after step 5
+                records.append({"kind": "checkpoint", "step": 5, "seconds": 3.0})
+        return [test["status"] for test in saving.judge("m", 5, records, printed)]
+
+    for slow, expected in (({}, ["pass"] * 3), ({7: 1.15}, ["pass"] * 3), ({6: 1.1, 7: 1.1, 8: 1.1}, ["fail", "pass", "pass"]),
+                           ({6: 1.3, 7: 0.9, 8: 0.9}, ["pass", "fail", "pass"]), ({4: 1.5}, ["pass", "pass", "fail"])):
+        assert statuses(slow) == expected, f"{slow}: {statuses(slow)}"
+    note = re.search(r'"note: checkpoints are copied.*?cannot be pinned', (ROOT / "trainer/run/checkpoint_saver.cpp").read_text())
+    assert note and statuses({}, note[0]) == ["pass", "pass", "fail"]
+    assert [test["status"] for test in saving.judge("m", 5, [])] == ["fail"]
+
+
 def tests():
-    return [(function.__name__, function) for function in (models_weak_scaling, reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]
+    return [(function.__name__, function) for function in (judges_saving, models_weak_scaling, reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]

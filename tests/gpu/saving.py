@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Checkpoints in the background, on a GPU: the step pays at most 5 % for a save, and what is saved is one step's state.
+"""Checkpoints in the background, on a GPU: the step pays at most 5 % for a save, no single step a fifth, and what is saved is one
+step's state.
 
     saving.py [--json FILE] [--shards FOLDER] [--work FOLDER]
 
 Time: one run a model that saves every few steps. Steps are compared with the steps of the same run that met no save; a step
 meets one when it starts between the snapshot and the end of the write, so both the copy off the device and the writer's
-work beside later steps count. A run is killed when its time is up: the 1558M run writes 18.7 GB a checkpoint.
+work beside later steps count: their mean, and the worst of them. The worst of the early steps, from the second up to the first
+snapshot, is a row of its own: beside those the host's memory is touched and pinned. A run is killed when its time is up: the 1558M run writes 18.7 GB a checkpoint.
 Bits: a checkpoint of step 4 that was copied and written while steps 5 to 8 ran equals the last one of a run of 4 steps.
 """
 import argparse
@@ -21,7 +23,11 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
-BOUND = 1.05
+MEAN_BOUND = 1.05
+# A single step: measured ones differ by 1 % where nothing disturbs them, and pinning that kept a 1558M step's launches waiting made it
+# 1.5 and 1.6 times as long. A stall that anybody would notice fails, the noise of one step does not.
+WORST_BOUND = 1.2
+UNPINNED = "cannot be pinned"  # of the note that CheckpointSaver writes
 RUNS = [  # model, micro-batch, tokens of a step, steps, save every, seconds at most
     ("gpt2-124M", 64, 524288, 13, 5, 15),
     ("gpt2-1558M", 16, 131072, 10, 5, 45),  # five steps: the memory of the first snapshot is pinned by then
@@ -33,37 +39,58 @@ def command(shards, out, *options):
             "--out", str(out), *map(str, options)]
 
 
-def time_test(shards, work, model, micro_batch, tokens, steps, every, limit_s):
+def run_for_records(shards, work, model, micro_batch, tokens, steps, every, limit_s):
+    """(records of its log, what it printed)."""
     process = subprocess.Popen(command(shards, work, "--model", model, "--micro-batch", micro_batch, "--global-batch-tokens", tokens, "--steps", steps,
-                                       "--checkpoint-every", every, "--keep", 1), stdout=subprocess.PIPE, text=True)
-    start = time.monotonic()
+                                       "--checkpoint-every", every, "--keep", 1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start, printed = time.monotonic(), []
     for line in process.stdout:
+        printed.append(line)
         print(f"    {time.monotonic() - start:6.2f} {line}", end="")
         if line.startswith(f"step {steps - 1}/") or time.monotonic() - start > limit_s:
             break
     process.kill()  # the last save is none of this test's business
     process.wait()
-    records = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
-    seconds, saving, save_s = {}, set(), []
-    last_snapshot = None
-    for record in records:  # in the order in which they were written
+    log = work / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [], "".join(printed)
+
+
+def seconds_of_steps(records, every):
+    """{step: seconds} of all steps, of those that met a save, and what each save took; records in the order in which they were written."""
+    seconds, saving, save_s, last_snapshot = {}, {}, [], None
+    for record in records:
         if record["kind"] == "step":
-            seconds[record["step"]] = record["seconds"]
+            step = record["step"]
+            seconds[step] = record["seconds"]
             if last_snapshot is not None:
-                saving.add(record["step"])
-            if record["step"] % every == 0:
-                last_snapshot = record["step"]
+                saving[step] = record["seconds"]
+            if step % every == 0:
+                last_snapshot = step
         if record["kind"] == "checkpoint":
             save_s.append(record["seconds"])
             last_snapshot = None
+    return seconds, saving, save_s
+
+
+def judge(model, every, records, printed=""):
+    """The rows of one run."""
+    seconds, saving, save_s = seconds_of_steps(records, every)
     free = [s for step, s in seconds.items() if step > 1 and step not in saving]
-    with_save = [seconds[step] for step in sorted(saving)]
-    if len(free) < 2 or not with_save:
-        return {"name": f"saving: {model}", "status": "fail", "figure": f"too few steps: {seconds}, saves {save_s}"}
-    base, ratio = statistics.median(free), statistics.mean(with_save) / statistics.median(free)
-    return {"name": f"saving: {model}, step time while saving", "status": "pass" if ratio <= BOUND else "fail",
-            "figure": f"{ratio:.3f} x a step without ({1e3 * base:.0f} ms, {len(free)} steps; {len(with_save)} while saving, worst "
-                      f"{max(with_save) / base:.3f}); {f'a save took {max(save_s):.1f} s' if save_s else 'no save ended in time'}; at most {BOUND}"}
+    early = {step: s for step, s in seconds.items() if 1 < step <= every}  # the first one also captures the graphs
+    if len(free) < 2 or not saving or len(early) < every - 1:
+        return [{"name": f"saving: {model}", "status": "fail", "figure": f"too few steps: {seconds}, saves {save_s}; {printed[-300:]}"}]
+    base = statistics.median(free)
+
+    def row(what, ratio, bound, text, ok=True):
+        return {"name": f"saving: {model}, {what}", "status": "pass" if ok and ratio <= bound else "fail",
+                "figure": f"{ratio:.3f} x a step without ({1e3 * base:.0f} ms, {len(free)} steps); {text}; at most {bound}"}
+    slowest, slowest_early = max(saving, key=saving.get), max(early, key=early.get)
+    saves = f"a save took {max(save_s):.1f} s" if save_s else "no save ended in time"
+    pinned = UNPINNED not in printed  # else there was no pinning to measure
+    return [row("step time while saving", statistics.mean(saving.values()) / base, MEAN_BOUND, f"mean of {len(saving)} steps; {saves}"),
+            row("worst step while saving", saving[slowest] / base, WORST_BOUND, f"step {slowest}"),
+            row("worst early step, beside the pinning", early[slowest_early] / base, WORST_BOUND,
+                f"step {slowest_early} of 2 to {every}" + ("" if pinned else "; the memory could not be pinned"), ok=pinned)]
 
 
 def bit_test(shards, work):
@@ -94,8 +121,11 @@ def main():
         print(f"{tests[-1]['name']} | {tests[-1]['figure']} | {tests[-1]['status']}", flush=True)
     for row in [row for row in RUNS if row[0] in arguments.models]:
         with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-            tests.append(time_test(arguments.shards, pathlib.Path(folder) / "run", *row))
-        print(f"{tests[-1]['name']} | {tests[-1]['figure']} | {tests[-1]['status']}", flush=True)
+            model, every = row[0], row[4]
+            found = judge(model, every, *run_for_records(arguments.shards, pathlib.Path(folder) / "run", *row))
+        tests += found
+        for test in found:
+            print(f"{test['name']} | {test['figure']} | {test['status']}", flush=True)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps({"tests": tests, "bench": []}, indent=1) + "\n")
     return 1 if any(test["status"] == "fail" for test in tests) else 0
