@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 
 #include "kernels/common/check.h"
@@ -34,8 +33,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void train(const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
-    const Parallel parallel = make_ranks(config, world);
+void train_on(const Parallel& parallel, const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
     const ParameterList list = make_parameters(config.model_spec(), parallel.group->size());
     const Held held = held_by(list, parallel.group->rank(), parallel.group->size());
     const DataLoader data = training_data(config);
@@ -53,17 +51,27 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
     ProfiledSteps profile(config);
     EngineOptions options = shape;
     options.pinned_gemms = start.gemm_choices;
-    const std::unique_ptr<Engine> engine = make_engine(config, options);
-    engine->load(start.state);
-    print_start({config, *engine, list, data, start, world});
+    std::unique_ptr<Engine> engine;
+    std::optional<RunLog> log;
+    std::optional<TrainingLoop> loop;
+    world.report_first([&] {
+        engine = make_engine(config, options);
+        engine->load(start.state);
+        print_start({config, *engine, list, data, start, world});
+        log.emplace(log_options(config, *engine, start.state.step, world), record);
+        if (world.rank() == 0) save_configuration(config);
+        std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
+        stop_on_signals();
+        loop.emplace(TrainingLoop::Parts{.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = *log,
+                                         .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile,
+                                         .state = start.state, .world = world, .held = held, .parallel = parallel});
+        loop->run();
+    });
+}
 
-    RunLog log(log_options(config, *engine, start.state.step, world), record);
-    if (world.rank() == 0) save_configuration(config);
-    std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
-    stop_on_signals();
-    TrainingLoop({.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = log,
-                  .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile, .state = start.state,
-                  .world = world, .held = held, .parallel = parallel}).run();
+void train(const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
+    const Parallel parallel = make_ranks(config, world);
+    world.report_first([&] { train_on(parallel, config, world, record, program_start); });
 }
 
 // What concerns no other rank. False: nothing of that was asked for.
@@ -90,7 +98,7 @@ void run(int argc, char** argv) {
     }
     if (!bad_options && print_alone(config, launch)) return;
     World world(launch, config.timeout);
-    try {
+    world.report_first([&] {
         if (bad_options) throw Error(*bad_options);
         const bool of_checkpoint = !config.generate.empty() || !config.evaluate.empty();
         REQUIRE(world.alone() || !of_checkpoint, "--generate and --evaluate run on one rank: start one process");
@@ -102,10 +110,7 @@ void run(int argc, char** argv) {
         if (world.rank() != 0 && !std::freopen("/dev/null", "w", stdout)) throw Error("cannot open /dev/null");
         train(config, world, run_record(config, make_parameters(config.model_spec()), argc, argv), program_start);
         world.finish();
-    } catch (const std::exception& error) {
-        if (world.alone()) throw;
-        world.fail(error);
-    }
+    });
 }
 
 }  // namespace
@@ -115,11 +120,10 @@ int main(int argc, char** argv) {
         guard_standard_files();
         run(argc, argv);
         return 0;
-    } catch (const std::bad_alloc&) {
-        std::fprintf(stderr, "error: not enough host memory for this model: choose a smaller --model or --micro-batch\n");
+    } catch (const Reported&) {
         return 1;
-    } catch (const std::exception& e) {
-        std::fprintf(stderr, "error: %s\n", e.what());
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "error: %s\n", described(error).c_str());
         return 1;
     }
 }

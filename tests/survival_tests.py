@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from program_runs import ROOT, TINY, Running, Scratch, SmallDisk, checkpoint_bytes, complete_checkpoints, program, records, train, without_stdout
+from program_runs import ROOT, SHARDS, TINY, Running, Scratch, SmallDisk, checkpoint_bytes, complete_checkpoints, program, records, train, without_stdout
 
 
 def test_interrupt_saves():
@@ -164,6 +164,38 @@ def test_a_save_that_fails_halfway_loses_nothing():
         assert checkpoint_bytes(out / "run", 2) == before and complete_checkpoints(out / "run") == [2]
         assert not list((out / "run").glob(".step*")), "a failed save left files"
         train(*common, "--steps", "6")
+
+
+HANGS_AT_THE_END = r"""
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int close(int file) {  // of the log: the run is over
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    const ssize_t n = readlink(link, path, sizeof path);
+    if (n > 9 && memcmp(path + n - 9, "log.jsonl", 9) == 0) pause();
+    return (int)syscall(SYS_close, file);
+}
+"""
+
+
+def test_an_error_is_printed_before_what_may_hang_when_it_goes():
+    with Scratch() as out:
+        (out / "hang.c").write_text(HANGS_AT_THE_END)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(out / "hang.so"), str(out / "hang.c")], check=True)
+        shards = shutil.copytree(SHARDS, out / "shards")
+        victim = sorted(shards.glob("train*.bin"))[0]
+        size = victim.stat().st_size
+        with open(victim, "r+b") as file:
+            file.seek(1024 + (size - 1024) // 4 * 2)
+            file.write(b"\xff" * ((size - 1024) // 4 * 2))
+        with Running(*TINY, "--train", str(shards), "--steps", "100", "--eval-every", "0", "--out", str(out / "run"), env=os.environ | {"LD_PRELOAD": str(out / "hang.so")}) as run:
+            run.wait_for("error: ", limit_s=60)
+            assert "token 65535" in run.lines[-1], run.lines[-1]
+            time.sleep(0.5)
+            assert run.process.poll() is None, "nothing hung: the test proves nothing"
 
 
 def test_damaged_checkpoints_are_one_clear_line():

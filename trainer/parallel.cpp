@@ -44,12 +44,17 @@ Parallel make_gpu_parallel(World& world, const ParallelOptions& options) {
     const auto [groups, group_size] = grouping_of(world.size(), options);
     const NcclOptions& nccl = kNccl[int(options.shard)];
     Parallel parallel{.shard = options.shard, .gradient_element = options.gradient_element, .watch = world.watch()};
-    parallel.world = nccl_split(world, 0, nccl);
+    const auto split = [&](int color) {
+        std::shared_ptr<Communicator> made;
+        world.report_first([&] { made = nccl_split(world, color, nccl); });  // those made before would wait for other ranks when they go
+        return made;
+    };
+    parallel.world = split(0);
     if (groups == 1) parallel.group = parallel.world;
     else if (group_size == 1) parallel.replicas = parallel.world;
     else {
-        parallel.group = nccl_split(world, world.rank() / group_size, nccl);
-        parallel.replicas = nccl_split(world, world.rank() % group_size, nccl);
+        parallel.group = split(world.rank() / group_size);
+        parallel.replicas = split(world.rank() % group_size);
     }
     return parallel;
 }

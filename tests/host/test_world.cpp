@@ -265,6 +265,44 @@ TEST(Faults, AFailingRanksMessageIsPrintedOnce) {
     }
 }
 
+// As a device does that waits for ranks which wait for this one.
+struct HangsWhenItGoes {
+    ~HangsWhenItGoes() { sleep(30); }
+};
+
+TEST(Faults, AnErrorIsPrintedBeforeWhatHangsWhenItGoes) {
+    for (const int victim : {0, 2}) {
+        const Outcome outcome = run_ranks({.size = 3, .timeout_s = 2}, [&](World& world) {
+            const HangsWhenItGoes device;
+            world.report_first([&] {
+                if (world.rank() == victim) throw Error("the disk is full");
+                forever(world);
+            });
+        });
+        EXPECT_TRUE(outcome.all(1)) << outcome.errors;
+        EXPECT_EQ(outcome.errors, message("error: rank %d: the disk is full\n", victim));
+        EXPECT_LT(outcome.seconds, 4);
+    }
+}
+
+TEST(Faults, AnErrorOfOneRankAloneIsPrintedOnceAndFirst) {
+    struct Device {
+        std::string& printed_before;
+        ~Device() { printed_before = testing::internal::GetCapturedStderr(); }
+    };
+    std::string printed;
+    World world(Launch{}, 1);
+    const auto run = [&] {
+        world.report_first([&] {
+            const Device device{printed};
+            world.report_first([] { throw std::bad_alloc(); });
+        });
+    };
+    testing::internal::CaptureStderr();
+    EXPECT_THROW(run(), Reported);
+    EXPECT_EQ(printed, "error: not enough host memory: choose a smaller --model or --micro-batch\n");
+}
+
 TEST(Faults, OutOfMemoryIsNamed) {
     const Outcome outcome = run_ranks({.size = 2}, [](World& world) {
         if (world.rank() == 1) throw std::bad_alloc();

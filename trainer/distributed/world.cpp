@@ -379,12 +379,21 @@ void World::require_agreement(const std::vector<Fact>& facts) {
     }
 }
 
+std::string described(const std::exception& error) {
+    return dynamic_cast<const std::bad_alloc*>(&error) ? "not enough host memory: choose a smaller --model or --micro-batch" : error.what();
+}
+
 void World::fail(const std::exception& error) {
     const bool whole_job = dynamic_cast<const JobError*>(&error) != nullptr;
-    const std::string text = dynamic_cast<const std::bad_alloc*>(&error) ? "not enough host memory: choose a smaller --model or --micro-batch" : error.what();
-    if (watch_) watch_->fail(text, whole_job);
-    std::fprintf(stderr, "error: %s\n", text.c_str());
+    if (watch_) watch_->fail(described(error), whole_job);
+    std::fprintf(stderr, "error: %s\n", described(error).c_str());
     _exit(1);
+}
+
+void World::report(const std::exception& error) {
+    if (!alone()) fail(error);
+    std::fprintf(stderr, "error: %s\n", described(error).c_str());
+    throw Reported();
 }
 
 void World::finish() {

@@ -22,6 +22,11 @@ struct JobError : Error {
     using Error::Error;
 };
 
+// The line for the person at the terminal.
+std::string described(const std::exception& error);
+// Thrown on when an error has been printed.
+struct Reported {};
+
 class World {
   public:
     // Waits until all ranks are there; after `timeout_s`, a JobError that names the missing ones. Alone: nothing to do.
@@ -46,6 +51,16 @@ class World {
     void require_agreement(const std::vector<Fact>& facts);
 
     [[noreturn]] void fail(const std::exception& error);  // prints the error (in one of the ranks) and ends the job with status 1
+    // Does the work; what it throws is printed before anything that was made outside of it goes: devices and communicators may hang when
+    // they do, and would hide why. Several ranks end with that, one alone throws Reported.
+    template <typename Work>
+    void report_first(Work&& work) {
+        try {
+            work();
+        } catch (const std::exception& error) {
+            report(error);
+        }
+    }
     void finish();                                        // after the last collective
 
   private:
@@ -53,6 +68,7 @@ class World {
     class MpiTransport;
     struct Meeting;
 
+    [[noreturn]] void report(const std::exception& error);
     void load_mpi(double timeout_s);
     void meet_at_rank_0(Meeting meeting, double timeout_s);
     void join_rank_0(const Meeting& meeting, double timeout_s);
