@@ -23,6 +23,7 @@
 #include "trainer/run/micro_batch.h"
 #include "trainer/run/plan.h"
 #include "trainer/run/profiled_steps.h"
+#include "trainer/run/run_lock.h"
 #include "trainer/run/samples.h"
 #include "trainer/run/start.h"
 #include "trainer/run/training_loop.h"
@@ -32,6 +33,7 @@
 namespace {
 
 using Clock = std::chrono::steady_clock;
+constexpr double kCrashedRunIsGone_s = 10;  // whose pinned memory takes seconds to be given back
 
 void train_on(const Parallel& parallel, const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
     const ParameterList list = make_parameters(config.model_spec(), parallel.group->size());
@@ -47,6 +49,8 @@ void train_on(const Parallel& parallel, const Config& config, World& world, cons
     if (config.sample_every > 0) samples.emplace(config, shape, text_tokenizer(tokenizer, config, "--sample-every"));
     if (!config.multiple_choice.empty()) choices.emplace(config.multiple_choice, shape, *text_tokenizer(tokenizer, config, "--multiple-choice"));
 
+    std::optional<RunLock> lock;
+    if (world.rank() == 0) lock.emplace(config.out, config.resume.empty() ? 0 : kCrashedRunIsGone_s);
     StartPoint start = start_point(config, list, held, data, world);
     ProfiledSteps profile(config);
     EngineOptions options = shape;
@@ -76,7 +80,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
 
 // What concerns no other rank. False: nothing of that was asked for.
 bool print_alone(const Config& config, const Launch& launch) {
-    if (config.print_config) std::fputs(to_toml(config).c_str(), stdout);
+    if (config.print_config) std::fputs(given_toml(config).c_str(), stdout);
     else if (config.help_markdown) std::fputs(options_markdown().c_str(), stdout);
     else if (config.verify) verify(config);
     else if (!config.dry_run) return false;

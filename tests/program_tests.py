@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import subprocess
+import time
 
 from program_runs import ROOT, SHARDS, TINY, Scratch, checkpoint_bytes, program, records, train, without_stdout
 
@@ -68,6 +69,36 @@ def test_a_command_whose_output_is_lost_fails():
             assert done.returncode == 1 and len(errors) == 1 and "standard output" in errors[0] and "No space left" in errors[0], f"{options}: {done.returncode} {done.stderr}"
             done = without_stdout(*options)
             assert done.returncode == 1 and "standard output" in done.stderr, f"{options}: {done.returncode} {done.stderr}"
+
+
+def test_a_printed_configuration_is_the_same_at_any_time():
+    with Scratch() as out:
+        options = [*TINY[:-2], "--steps", "60", "--micro-batch", "auto", "--prompt", 'a "b"\n']  # without its warm-up
+        first = train(*options, "--print-config").stdout
+        time.sleep(1.1)  # a folder's date has seconds
+        assert train(*options, "--print-config").stdout == first
+        (out / "run.toml").write_text(first)
+        assert train("--config", str(out / "run.toml"), "--print-config").stdout == first
+        for name in ("a", "b"):  # a file for any number of runs
+            train("--config", str(out / "run.toml"), "--micro-batch", "4", "--steps", "3", "--eval-every", "0", "--out", str(out / name))
+        assert "warmup-steps = 0\n" in (out / "a" / "config.toml").read_text() and "# warmup-steps = 3\n" in first, first
+
+
+def test_resume_takes_a_run():
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--checkpoint-every", "2", "--keep", "0"]
+        train(*common, "--steps", "6", "--out", str(out / "run"))
+        for options in (["--out", str(out / "new")], ["--out", str(out / "auto"), "--micro-batch", "auto"]):
+            done = train(*common, "--steps", "7", *options, "--resume", str(out / "run"))
+            assert f"start   step 6 of {out / 'run' / 'step_000006'}" in done.stdout and done.stderr == "", done.stdout + done.stderr
+        file = out / "run" / "step_000006" / "adam.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        done = train(*common, "--steps", "7", "--resume", str(out / "run"), "--out", str(out / "run"))
+        assert "start   step 4 of" in done.stdout and "passed over" in done.stderr and str(file) in done.stderr, done.stdout + done.stderr
+        for where, mention in ((str(out), "holds no checkpoint"), (str(SHARDS / "meta.json"), "no such folder")):
+            done = train(*common, "--steps", "9", "--resume", where, "--out", str(out / "other"), ok=False)
+            assert len(done.stderr.splitlines()) == 1 and mention in done.stderr and where in done.stderr, done.stderr
+            assert not (out / "other").exists(), "a refused run left a folder"
 
 
 def test_short_help_is_help():

@@ -51,6 +51,27 @@ def test_output_that_nobody_reads_does_not_end_the_run():
         assert len(errors) == 1 and "standard output" in errors[0] and "log.jsonl" in errors[0], errors
 
 
+def test_one_run_at_a_time_writes_to_a_folder():
+    with Scratch() as out:
+        options = [*TINY, "--steps", "1000000", "--eval-every", "0", "--checkpoint-every", "2", "--out", str(out / "run")]
+        with Running(*options) as run:
+            run.wait_for("saved /")
+            start = time.monotonic()
+            refused = train(*options, ok=False).stderr.splitlines()
+            assert len(refused) == 1 and time.monotonic() - start < 5, refused
+            late = train(*options, "--resume", "auto", ok=False).stderr.splitlines()
+            assert [line.split(":")[0] for line in late] == ["note", "error"], late
+            for line in (refused[0], late[-1]):
+                assert f"--out {out / 'run'}: another run" in line and str(run.process.pid) in line and "another folder" in line, line
+            run.wait_for("saved /")  # and goes on
+            with Running(*options, "--resume", "auto") as heir:  # waits for the one that is killed
+                run.process.kill()
+                heir.wait_for("start   step", "saved /")
+                assert heir.stop() == 0
+        steps = [r["step"] for r in records(out / "run", "step")]
+        assert steps == list(range(1, steps[-1] + 1)) and not (out / "run" / "run.lock").exists(), steps
+
+
 def test_a_run_without_standard_output_keeps_its_files():
     with Scratch() as out:
         done = without_stdout(*TINY, "--steps", "3", "--eval-every", "0", "--out", str(out / "run"))
@@ -143,7 +164,7 @@ def test_a_full_disk_leaves_the_run_alive_and_a_read_only_one_is_refused():
         assert complete_checkpoints(out)[-1] == steps[-1]
         train(*options, "--steps", str(steps[-1] + 1), "--resume", "auto", "--checkpoint-every", "0")
         disk.remount("ro")
-        for more, mention in ((["--out", str(disk.path / "new")], "--out"), (["--resume", "auto", "--steps", "1000000"], "log.jsonl")):
+        for more, mention in ((["--out", str(disk.path / "new")], "--out"), (["--resume", "auto", "--steps", "1000000"], "run.lock")):
             done = train(*options, *more, ok=False)
             lines = done.stderr.strip().splitlines()
             assert len(lines) == 1 and mention in lines[0], done.stderr

@@ -241,7 +241,9 @@ Config parse_config(int argc, char** argv) {
         config = words_alone;
     }
     REQUIRE(config.resume != "auto" || !config.out.empty(), "--resume auto: needs --out, the folder to look in");
-    if (config.warmup_steps == -1) config.warmup_steps = std::min<int64_t>(700, config.steps / 20);
+    config.warmup_is_default = config.warmup_steps == -1;
+    if (config.warmup_is_default) config.warmup_steps = std::min<int64_t>(700, config.steps / 20);
+    config.gemm_cache_is_default = config.gemm_cache == default_gemm_cache();
     config.out_is_default = config.out.empty();
     if (config.out_is_default) config.out = default_out(config);
     validate(config);

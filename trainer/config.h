@@ -28,6 +28,7 @@ struct Config {
     float lr = 6e-4f;
     float min_lr_factor = 0.1f;
     int64_t warmup_steps = -1;        // -1 becomes min(700, steps / 20) in parse_config
+    bool warmup_is_default = false;   // that happened
     std::string schedule = "cosine";  // cosine | linear | wsd | constant
     float decay_fraction = 0.2f;      // of the steps, for wsd
     float weight_decay = 0.1f;
@@ -66,18 +67,19 @@ struct Config {
     int64_t checkpoint_every = 1000;  // steps; 0: only at the end
     int keep = 2;                     // newest checkpoints to keep; 0: all
     std::string init_from;            // checkpoint or published weights that a new run starts with
-    std::string resume;               // folder of a checkpoint, or "auto": the newest in `out`, if there is one
+    std::string resume;               // folder of a checkpoint or of a run, or "auto": the newest in `out`, if there is one
 
     // Logging and tuning
     int64_t log_every = 1;
     std::string gemm_cache;     // file of tuned GEMM algorithms; parse_config sets a default, "" on the command line: none
+    bool gemm_cache_is_default = false;  // that happened
     int64_t profile = 0;        // steps; 0: none
     std::string profile_trace;  // file
 
     // Instead of training; at most one
     std::string generate;  // checkpoint: print samples of it
     std::string evaluate;  // checkpoint: measure it
-    bool print_config = false;  // print to_toml()
+    bool print_config = false;  // print given_toml()
     bool dry_run = false, verify = false, help_markdown = false;
 
     // What follows from the options.
@@ -100,6 +102,9 @@ void validate(const Config& config);
 // The resolved configuration as a file for --config. Sizes that the model row decides are comments, so that the file
 // still works with another --model.
 std::string to_toml(const Config& config);
+// The same without what nobody asked for, but follows from the moment (the date in `out`), the machine or the steps: comments, too.
+// So the text is the same at any time, and a file of it gives other runs their own folder and warm-up.
+std::string given_toml(const Config& config);
 
 // Puts the values of TOML text into `config`. Throws Error naming `file`, the line, the key and the rule.
 void read_toml(const std::string& text, const std::string& file, Config& config);

@@ -77,7 +77,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps, in the background (0: only at the end)"}, c.checkpoint_every);
     visit(OptionInfo{"Files", "keep", "checkpoints to keep, newest first (0: all)"}, c.keep);
     visit(OptionInfo{"Files", "init-from", "start a new run from the weights of this checkpoint (its folder, or a run's), or from published ones (folder or .safetensors)"}, c.init_from);
-    visit(OptionInfo{"Files", "resume", "folder of a checkpoint, or auto: the newest in --out, if any"}, c.resume);
+    visit(OptionInfo{"Files", "resume", "folder of a checkpoint, or of a run (its newest one that is intact), or auto: the newest in --out, if any"}, c.resume);
 
     visit(OptionInfo{"Logging and tuning", "log-every", "print a line every so many steps"}, c.log_every);
     visit(OptionInfo{"Logging and tuning", "gemm-cache", "file of tuned GEMM algorithms (empty: none; default: train_gpt_fp8/gemm.cache in the user's cache folder)"},
@@ -88,7 +88,7 @@ void for_each_option(C& c, Visitor&& visit) {
 
     visit(OptionInfo{kModes, "generate", "print samples of this checkpoint (its folder, or a run's)"}, c.generate);
     visit(OptionInfo{kModes, "evaluate", "measure this checkpoint (--val, --multiple-choice)"}, c.evaluate);
-    visit(OptionInfo{kModes, "print-config", "print the resolved configuration as TOML"}, c.print_config);
+    visit(OptionInfo{kModes, "print-config", "print the configuration as TOML for --config; what nobody asked for, but follows from the moment, is a comment"}, c.print_config);
     visit(OptionInfo{kModes, "dry-run", "print memory, precision and the time that the run would take"}, c.dry_run);
     visit(OptionInfo{kModes, "verify", "check device, libraries, GEMMs and graph replay, in seconds"}, c.verify);
     visit(OptionInfo{kModes, "help-markdown", "print the table of these options"}, c.help_markdown);

@@ -2,6 +2,7 @@
 #include <charconv>
 #include <cmath>
 #include <limits>
+#include <set>
 
 #include "kernels/common/check.h"
 
@@ -75,8 +76,9 @@ class FieldReader {
 
 struct Writer {
     ModelSpec spec;
-    std::string text;
-    std::string group;
+    std::set<std::string> comments;  // options that are written as comments
+    std::string text = "";
+    std::string group = "";
 
     template <typename T>
     void operator()(const OptionInfo& info, const T& value) {
@@ -85,9 +87,15 @@ struct Writer {
         if (group != info.group) text += (group.empty() ? "# " : "\n# ") + (group = info.group) + "\n";
         const SizeOption* size = std::find_if(std::begin(kSizes), std::end(kSizes), [&](const auto& s) { return s.name == name; });
         if (size != std::end(kSizes) && shown == "0") text += "# " + name + " = " + std::to_string(spec.*size->field) + "\n";
-        else text += name + " = " + shown + "\n";
+        else text += (comments.contains(name) ? "# " : "") + name + " = " + shown + "\n";
     }
 };
+
+std::string written(const Config& config, const std::set<std::string>& comments) {
+    Writer writer{config.model_spec(), comments};
+    for_each_option(config, writer);
+    return writer.text;
+}
 
 }  // namespace
 
@@ -110,10 +118,15 @@ void read_toml(const std::string& text, const std::string& file, Config& config)
     }
 }
 
-std::string to_toml(const Config& config) {
-    Writer writer{config.model_spec(), "", ""};
-    for_each_option(config, writer);
-    return writer.text;
+std::string to_toml(const Config& config) { return written(config, {}); }
+
+std::string given_toml(const Config& config) {
+    Config given = config;
+    std::set<std::string> comments;
+    if (config.out_is_default) comments.insert("out"), given.out = "runs/DATE-TIME-" + config.model;
+    if (config.warmup_is_default) comments.insert("warmup-steps");
+    if (config.gemm_cache_is_default) comments.insert("gemm-cache");
+    return written(given, comments);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -230,6 +230,26 @@ TEST(Config, LettersBeyondAsciiAreReadInAnyQuotes) {
     EXPECT_EQ(prompt_of("\xEF\xBB\xBF'prompt' = 'é'  # \xff"), "é");
 }
 
+// As --print-config does: what follows from the moment, the machine or the steps stays open.
+TEST(Config, GivenTextHasWhatWasAskedFor) {
+    const TempFolder folder;
+    const auto again = [&](const std::string& text, std::vector<std::string> more) {
+        write_file(folder / "run.toml", text);
+        more.insert(more.end(), {"--config", folder / "run.toml"});
+        return parse(more);
+    };
+    const std::string text = given_toml(parse_with_data({"--steps", "100", "--lr", "1e-3", "--dim", "512", "--n-heads", "8", "--seed", "18446744073709551615"}));
+    for (const char* line : {"\n# out = \"runs/DATE-TIME-gpt2-124M\"\n", "\n# warmup-steps = 5\n", "\n# gemm-cache = ", "\nsteps = 100\n"})
+        EXPECT_NE(text.find(line), std::string::npos) << line << text;
+    EXPECT_EQ(given_toml(again(text, {})), text);
+    EXPECT_EQ(again(text, {"--steps", "200"}).warmup_steps, 10);
+    EXPECT_TRUE(again(text, {}).out_is_default);
+
+    const std::string chosen = given_toml(parse_with_data({"--steps", "100", "--warmup-steps", "5", "--out", "here", "--gemm-cache", ""}));
+    for (const char* line : {"\nout = \"here\"\n", "\nwarmup-steps = 5\n", "\ngemm-cache = \"\"\n"}) EXPECT_NE(chosen.find(line), std::string::npos) << line << chosen;
+    EXPECT_EQ(given_toml(again(chosen, {})), chosen);
+}
+
 TEST(Config, MicroBatchCanBeAuto) {
     const TempFolder folder;
     const Config c = parse_with_data({"--micro-batch", "auto"});

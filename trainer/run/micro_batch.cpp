@@ -86,6 +86,7 @@ Config choose_micro_batch(Config config) {
     }
     std::string checkpoint = config.resume;
     if (checkpoint == "auto") checkpoint = find_latest(config.out);
+    else if (!checkpoint.empty()) checkpoint = find_checkpoint(checkpoint, "--resume");
     if (!checkpoint.empty()) {
         config.micro_batch = micro_batch_of(load_checkpoint_info(checkpoint).config_toml);
         std::printf("micro-batch auto: %d, as in checkpoint %s\n", config.micro_batch, checkpoint.c_str());

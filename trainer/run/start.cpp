@@ -118,15 +118,22 @@ void require_same_data_order(const Config& config, const Checkpoint& checkpoint,
             ll(checkpoint.state.step));
 }
 
+// However damaged.
+bool is_checkpoint_folder(const fs::path& path) { return fs::exists(path / "checkpoint.json") || fs::exists(path / "params.safetensors"); }
+
 // The folder to resume from, read through; "" if --resume auto finds none.
 std::string intact_checkpoint(const Config& config) {
-    if (config.resume != "auto") {
-        note_unless_verified(config.resume, verify_checkpoint(config.resume, CheckpointFiles::all));
-        return config.resume;
+    const bool automatic = config.resume == "auto";
+    const std::string& where = automatic ? config.out : config.resume;
+    if (!automatic && is_checkpoint_folder(where)) {
+        note_unless_verified(where, verify_checkpoint(where, CheckpointFiles::all));
+        return where;
     }
-    const LatestIntact latest = find_latest_intact(config.out);
-    REQUIRE(!latest.path.empty() || latest.damaged.empty(), "--resume auto: %s holds no checkpoint that is intact: %s; remove it to begin anew", config.out.c_str(),
-            latest.damaged.front().c_str());
+    REQUIRE(automatic || fs::is_directory(where), "--resume %s: no such folder", where.c_str());
+    const LatestIntact latest = find_latest_intact(where);
+    REQUIRE(!latest.path.empty() || latest.damaged.empty(), "--resume %s: %s holds no checkpoint that is intact: %s%s", config.resume.c_str(),
+            where.c_str(), latest.damaged.front().c_str(), automatic ? "; remove it to begin anew" : "");
+    REQUIRE(automatic || !latest.path.empty(), "--resume %s: holds no checkpoint; give its folder, or the folder of a run", where.c_str());
     for (const std::string& problem : latest.damaged) std::fprintf(stderr, "note: passed over a checkpoint: %s\n", problem.c_str());
     note_unless_verified(latest.path, latest.verified);
     return latest.path;

@@ -34,7 +34,7 @@ std::string find_checkpoint(const std::string& path, const char* option);
 void note_unless_verified(const std::string& path, bool verified);
 
 // Initial weights, those of --init-from, or the checkpoint of --resume. An Error if it is damaged, or belongs to a run that this
-// one would not continue, or if --out is the folder of another run. --resume auto passes over damaged ones, and says so.
+// one would not continue, or if --out is the folder of another run. --resume auto, or of a run's folder, passes over damaged ones, and says so.
 // All ranks call it; each gets what it holds, and all the same step.
 StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world);
 
