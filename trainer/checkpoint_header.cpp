@@ -123,6 +123,12 @@ CheckpointHeader parse_header(const std::string& path, const std::string& text) 
 
 }  // namespace
 
+std::vector<int64_t> file_shape(const Parameter& p) {
+    if (p.is_vector) return {p.cols};
+    if (p.file_transposed) return {p.cols, p.rows};
+    return {p.rows, p.cols};
+}
+
 std::string header_text(const CheckpointHeader& header) {
     std::string text = header_json(header).dump(2, ' ', false, Json::error_handler_t::replace);
     text.resize(text.size() - 2);  // line feed and brace

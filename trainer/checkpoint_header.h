@@ -22,6 +22,9 @@ struct CheckpointHeader {
     std::map<std::string, std::vector<uint64_t>> checksums;
 };
 
+// Of a parameter's tensor in the other files.
+std::vector<int64_t> file_shape(const Parameter& p);
+
 std::string header_text(const CheckpointHeader& header);
 
 // Throws Error if the checkpoint is not complete, or checkpoint.json is damaged.

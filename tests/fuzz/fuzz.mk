@@ -8,7 +8,7 @@ FUZZ_BUILD := $(BUILD)/fuzz
 FUZZ_FLAGS = -std=c++20 $(DEFINES) -O1 -g1 $(INCLUDES) -isystem $(CUDA)/include \
              -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all
 # The parsers are instrumented; what else they need comes from the objects of the product.
-FUZZ_TRAINER := checkpoint checkpoint_check checkpoint_header checksum safetensors parameters model_spec recipe config config_rules config_toml standard_output ascii_toml schedule
+FUZZ_TRAINER := checkpoint checkpoint_check checkpoint_folders checkpoint_header checkpoint_read checksum safetensors parameters model_spec recipe config config_rules config_toml standard_output ascii_toml schedule
 FUZZ_SOURCES := $(filter-out $(DATA_PROGRAMS:%=data/%.cpp),$(wildcard data/*.cpp)) $(FUZZ_TRAINER:%=trainer/%.cpp)
 FUZZ_OBJECTS := $(FUZZ_SOURCES:%.cpp=$(FUZZ_BUILD)/%.o)
 FUZZ_REST := $(filter-out $(FUZZ_SOURCES:%.cpp=$(BUILD)/%.o),$(TRAINER_OBJECTS) $(KERNEL_OBJECTS))
