@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 
-from program_runs import ROOT, Skipped
+from program_runs import ROOT, TINY, Scratch, Skipped, train
 
 sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "tests" / "gpu")]
+import program as gpu_program  # noqa: E402
 import run_log  # noqa: E402
 import saving  # noqa: E402
 
@@ -208,5 +209,36 @@ def judges_saving():
     assert [test["status"] for test in saving.judge("m", 5, [])] == ["fail"]
 
 
+def judges_modes_of_the_program():
+    """What tests/gpu/program.py demands of --verify, --profile and --micro-batch auto, of texts that the reference device printed,
+    put into a GPU's words; each planted fault is found."""
+    for recipe in ("bf16", "tensorwise"):
+        printed = train("--verify", "--device", "cpu", "--recipe", recipe).stdout
+        assert len(gpu_program.faults_of_verify(printed, recipe)) == 2, "neither device nor graphs are a GPU's"
+        printed = printed.replace("twice the same bits (no graphs on this device)", "replayed graphs and single launches give equal bits")
+        printed = re.sub(r"^device .*", "device  NVIDIA H100 80GB HBM3", printed, flags=re.M)
+        assert gpu_program.faults_of_verify(printed, recipe) == [], printed
+        for line in printed.splitlines():
+            if line.startswith(("linears", "gemm", "steps", "verify")):
+                assert gpu_program.faults_of_verify(printed.replace(line, ""), recipe), f"{line!r} is not missed"
+        assert gpu_program.faults_of_verify(printed, "f32" if recipe == "tensorwise" else "tensorwise")
+
+    with Scratch() as out:
+        printed = train(*TINY, "--micro-batch", "auto", "--steps", "4", "--profile", "2", "--eval-every", "0", "--out", str(out / "run")).stdout
+    assert gpu_program.faults_of_micro_batch(printed, 8, 4) == [], gpu_program.faults_of_micro_batch(printed, 8, 4)
+    chosen = re.search(r"^micro-batch auto: (\d+)$", printed, re.M)[1]
+    for old, new in ((f"auto: {chosen}\n", "auto: 3\n"), (f"  micro-batch = {chosen}\n", "  micro-batch = 3\n"), ("step 4/4 | loss", "step 4/4 | lost"),
+                     (f"auto: {chosen} sequences", "auto: 3 sequences")):
+        assert old in printed and gpu_program.faults_of_micro_batch(printed.replace(old, new), 8, 4), old
+
+    assert gpu_program.faults_of_profile(printed), "without ceilings it is no GPU's"
+    table = re.sub(r"        n/a  ", "       80 %  ", printed)
+    assert gpu_program.faults_of_profile(table) == [], gpu_program.faults_of_profile(table)
+    rows = [match[0] for match in gpu_program.PROFILE_ROW.finditer(table)]
+    for wrong in (table.replace(rows[3] + "\n", ""), table.replace(rows[0], "").replace(rows[9], rows[9] + "\n" + rows[0]),
+                  table.replace(rows[2], rows[2].replace("80 %", "130 %")), table.replace(rows[1], "9" + rows[1].strip()), printed.replace("profile of", "")):
+        assert gpu_program.faults_of_profile(wrong), wrong
+
+
 def tests():
-    return [(function.__name__, function) for function in (judges_saving, models_weak_scaling, reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]
+    return [(function.__name__, function) for function in (judges_saving, judges_modes_of_the_program, models_weak_scaling, reads_a_log, draws_runs, refuses_what_is_no_run, writes_tensorboard_events, writes_wandb_offline_runs)]

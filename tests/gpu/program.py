@@ -6,11 +6,14 @@
 Start: from the process's start to the line of step 1, 524,288 tokens a step, without and with the cache of tuned GEMMs.
 Bits: under --deterministic, the same run twice, a run resumed from its checkpoint, and eager launches instead of graphs
 all end in the same checkpoint, byte for byte; both recipes.
+Modes: --verify passes with every line of it, --profile's ten rows agree with each other and no operation is above its ceiling,
+--micro-batch auto takes the fastest of the sizes that it tried, and trains with it.
 """
 import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -27,12 +30,20 @@ def command(shards, out, *options):
             "--out", str(out), *options]
 
 
-def run(*arguments):
-    """What it wrote to stderr."""
+def finished(*arguments):
     done = subprocess.run(command(*arguments), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{arguments}: {done.stderr.strip()[-500:]}")
-    return done.stderr
+    return done
+
+
+def run(*arguments):
+    """What it wrote to stderr."""
+    return finished(*arguments).stderr
+
+
+def output_of(*arguments):
+    return finished(*arguments).stdout
 
 
 def seconds_to_first_step(shards, out, cache):
@@ -100,6 +111,79 @@ def pin_tests(shards, work):
             {"name": "program: recorded GEMM algorithms of another GPU", "status": "pass" if said else "fail", "figure": noted.strip()[-300:] or "nothing is said"}]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What --verify, --profile and --micro-batch auto print. What is wrong with a text is a list of lines, empty when nothing is.
+
+
+def faults_of_verify(printed, recipe):
+    faults = []
+    linears = 48 if recipe == "tensorwise" else 0  # of GPT-2 124M: all but the head
+    for line in (f"linears {linears} of 49 in FP8", *(f"gemm    {kind} " for kind in ("output", "grad_input", "grad_weight", "head")),
+                 "replayed graphs and single launches give equal bits", "verify: ok after"):
+        if printed.count(line) != 1:
+            faults.append(f"{line!r} is there {printed.count(line)} times")
+    return faults + [f"on {line[8:]}" for line in printed.splitlines() if line.startswith("device") and not line.startswith("device  NVIDIA")]
+
+
+PROFILE_ROW = re.compile(r"^ *([\d.]+) +([\d.]+) % +[\d.]+ +(?:(\d+) %|n/a)  \S.*", re.M)
+PROFILE_HEAD = re.compile(r"^profile of \d+ steps on .*: ([\d.]+) ms a step while traced, ([\d.]+) ms of them in ", re.M)
+
+
+def faults_of_profile(printed):
+    """Ten rows, most expensive first, whose shares are of the time that was summed, which is the step's; no operation above its ceiling."""
+    head = PROFILE_HEAD.search(printed)
+    if not head:
+        return ["there is no profile"]
+    rows = [(float(ms), float(share), ceiling and float(ceiling)) for ms, share, ceiling in PROFILE_ROW.findall(printed)]
+    step_ms, summed_ms = map(float, head.groups())
+    shares, ceilings = [share for _, share, _ in rows], [ceiling for *_, ceiling in rows if ceiling]
+    wrong = {
+        f"{len(rows)} rows, must be 10": len(rows) != 10,
+        f"shares {shares} are not in order": shares != sorted(shares, reverse=True),
+        f"ten shares sum to {sum(shares):.1f} %": not 40 < sum(shares) < 100.5,
+        "shares are not those of the times": any(abs(share - 100 * ms / summed_ms) > 0.06 for ms, share, _ in rows),
+        f"{summed_ms} ms of work in steps of {step_ms} ms": not 0.5 * step_ms < summed_ms < 1.1 * step_ms,  # one stream: little runs beside other work
+        f"{len(ceilings)} rows have a ceiling": len(ceilings) < 5,
+        f"ceilings {ceilings}": any(ceiling > 105 for ceiling in ceilings) or max(ceilings, default=0) < 20,
+    }
+    return [text for text, is_so in wrong.items() if is_so]
+
+
+def faults_of_micro_batch(printed, sequences, steps):
+    """Of a batch of so many sequences. The fastest of several divisors is taken, and trains to the end."""
+    units = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+    tried = {int(size): float(rate) * units[unit] for size, rate, unit in re.findall(r"^micro-batch auto: (\d+) sequences: ([\d.]+)([kMG]?) tok/s", printed, re.M)}
+    chosen = [int(size) for size in re.findall(r"^micro-batch auto: (\d+)$", printed, re.M)]
+    losses = [float(loss) for loss in re.findall(rf"^step \d+/{steps} \| loss ([\d.]+) ", printed, re.M)]
+    wrong = {
+        f"{len(tried)} sizes were tried": len(tried) < 2,
+        f"of {sorted(tried)} not all divide {sequences}": any(sequences % size for size in tried),
+        f"chose {chosen} of {tried}": len(chosen) != 1 or tried.get(chosen[0]) != max(tried.values(), default=0),
+        f"{chosen} is not what the run was configured with": not chosen or f"\n  micro-batch = {chosen[0]}\n" not in printed,
+        f"losses {losses} of {steps} steps": len(losses) != steps,
+    }
+    return [text for text, is_so in wrong.items() if is_so]
+
+
+def judged(name, faults, figure):
+    return {"name": f"program: {name}", "status": "fail" if faults else "pass", "figure": "; ".join(faults)[:500] or figure}
+
+
+def mode_tests(shards, work):
+    batch = ["--recipe", "tensorwise", "--global-batch-tokens", "131072", "--checkpoint-every", "0", "--gemm-cache", str(work / "cache")]
+    tests = []
+    for recipe in ("bf16", "tensorwise"):
+        printed = output_of(shards, work / "none", "--verify", "--recipe", recipe)
+        tests.append(judged(f"--verify, {recipe}", faults_of_verify(printed, recipe), printed.splitlines()[-1] if printed else ""))
+    printed = output_of(shards, work / "profile", *batch, "--steps", "4", "--profile", "2")
+    first = PROFILE_ROW.search(printed)
+    tests.append(judged("--profile", faults_of_profile(printed), "ten rows; the first: " + " ".join(first[0].split()) if first else ""))
+    printed = output_of(shards, work / "auto", *batch, "--micro-batch", "auto", "--steps", "2")
+    tests.append(judged("--micro-batch auto", faults_of_micro_batch(printed, 128, 2),
+                        "; ".join(line.removeprefix("micro-batch auto: ") for line in printed.splitlines() if line.startswith("micro-batch auto"))))
+    return tests
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
@@ -109,7 +193,8 @@ def main():
         print("program: skipped: no GPU")
         return 77
     tests = []
-    for name, part in {"start": start_tests, "bf16": lambda *a: bit_tests(*a, "bf16"), "tensorwise": lambda *a: bit_tests(*a, "tensorwise"), "pinned": pin_tests}.items():
+    for name, part in {"start": start_tests, "bf16": lambda *a: bit_tests(*a, "bf16"), "tensorwise": lambda *a: bit_tests(*a, "tensorwise"), "pinned": pin_tests,
+                       "modes": mode_tests}.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found = part(arguments.shards, pathlib.Path(folder))

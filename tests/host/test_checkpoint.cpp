@@ -1,8 +1,10 @@
 #include "trainer/checkpoint.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <cmath>
+#include <csignal>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -57,6 +59,25 @@ std::vector<std::string> names_in(const std::string& folder) {
     return names;
 }
 using Names = std::vector<std::string>;
+
+// Of the files that this process writes, as `ulimit -f`.
+class FileSizeLimit {
+  public:
+    explicit FileSizeLimit(rlim_t bytes) {
+        getrlimit(RLIMIT_FSIZE, &before_);
+        const rlimit now{.rlim_cur = bytes, .rlim_max = before_.rlim_max};
+        setrlimit(RLIMIT_FSIZE, &now);
+        handler_ = std::signal(SIGXFSZ, SIG_IGN);
+    }
+    ~FileSizeLimit() {
+        setrlimit(RLIMIT_FSIZE, &before_);
+        std::signal(SIGXFSZ, handler_);
+    }
+
+  private:
+    rlimit before_{};
+    void (*handler_)(int) = nullptr;
+};
 
 TEST(Checkpoint, RoundTripIsBitExact) {
     const TempFolder folder;
@@ -245,6 +266,22 @@ TEST(Checkpoint, FailedSaveLeavesNoFolder) {
     run.state.v.pop_back();
     EXPECT_NE(error_of([&] { run.save(folder.path(), 3); }), "");
     EXPECT_FALSE(fs::exists(folder / "step_000003"));
+}
+
+// The limit lets params.safetensors through and stops adam.safetensors in its middle, as a full disk would.
+TEST(Checkpoint, ASaveThatFailsHalfwayLeavesTheOldOne) {
+    const TempFolder folder;
+    TinyRun run;
+    const std::string path = run.save(folder.path(), 7);
+    const TrainState saved = run.state;
+    for (float& x : run.state.params) x += 1;
+    {
+        const FileSizeLimit limit(700000);
+        for (const int64_t step : {7, 8}) EXPECT_NE(error_of([&] { run.save(folder.path(), step); }).find("adam.safetensors"), std::string::npos);
+    }
+    EXPECT_EQ(names_in(folder.path()), (Names{"step_000007"}));
+    EXPECT_EQ(error_of([&] { verify_checkpoint(path, CheckpointFiles::all); }), "");
+    EXPECT_TRUE(same_bits(load_checkpoint(path, run.list, run.model).state.params, saved.params));
 }
 
 TEST(Checkpoint, AnotherModelIsAnError) {
