@@ -66,7 +66,28 @@ def fitting_micro_batch(runs, model):
 
 
 def gathered_bytes(out):
-    return sum(t["gathered"] for t in records(out, "traffic")[-1]["communicators"])
+    """By a rank; none is written of one GPU."""
+    return sum(t["gathered"] for traffic in records(out, "traffic")[-1:] for t in traffic["communicators"])
+
+
+def communication(out):
+    """The rank with the largest exposed share. None: no timeline, or nothing in it."""
+    pairs = [pair for profile in records(out, "profile") for pair in zip(profile["communication_ms"], profile["exposed_ms"]) if pair[0] > 0]
+    whole, exposed = max(pairs, key=lambda pair: pair[1] / pair[0], default=(None, None))
+    return {"communication_ms": whole and round(whole, 3), "exposed_ms": whole and round(exposed, 3), "exposed_share": whole and round(exposed / whole, 4)}
+
+
+def figure_of(row):
+    """A row of the results, as it is printed."""
+    figure = f"{row['tokens_per_s'] / row['gpus']:.0f} tokens/s a GPU, {row['ms_per_step']:.1f} ms a step, {row['memory_gib']:.1f} GiB"
+    if row["gpus"] == 1:
+        return figure
+    if row["share_of_one_gpu"] is not None:
+        figure += f", {row['share_of_one_gpu']:.1%} of one GPU's"
+    figure += f", {row['gathered_bytes'] / 2**20:.1f} MiB gathered (a captured call counts once)"
+    if row["communication_ms"]:
+        figure += f", {row['communication_ms']:.1f} ms of communication, {row['exposed_ms']:.1f} ms ({row['exposed_share']:.0%}) exposed"
+    return figure
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,54 +114,47 @@ class Speed:
         return (TRACED_SHORT, MEASURED_SHORT) if self.tokens == FEW_TOKENS else (TRACED, MEASURED)
 
     def run(self, report, runs):
-        ranks = 1 if self.mode == "alone" else runs.a.ranks
         tokens = self.tokens if not runs.a.rehearse else 512 if self.tokens == FEW_TOKENS else 1024
         if self.model not in runs.micro_batches:
             runs.micro_batches[self.model] = fitting_micro_batch(runs, self.model)
-        context, (traced, measured) = 64 if runs.a.rehearse else 1024, self.steps()
+        ranks, context, (traced, measured) = 1 if self.mode == "alone" else runs.a.ranks, 64 if runs.a.rehearse else 1024, self.steps()
         micro_batch = min(runs.micro_batches[self.model], tokens // context)
         options = [*MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks, "--steps", WARM_UP + traced + measured,
-                   "--eval-every", 0, "--checkpoint-every", 0, "--shard", "none" if self.mode == "alone" else self.mode]
+                   "--eval-every", 0, "--checkpoint-every", 0, "--shard", self.shard]
         try:
             out, text, used = runs.until_last_step(ranks, *options, "--profile", traced)
         except Failed as failure:
             if "CUPTI" not in str(failure):
                 raise
-            out, text, used = runs.until_last_step(ranks, *options)  # speeds at least; judge() fails for want of a timeline
+            out, text, used = runs.until_last_step(ranks, *options)  # speeds at least; failures() counts the want of a timeline
         step_s = statistics.median(r["seconds"] for r in records(out, "step")[-measured:])
-        rate = tokens / step_s  # of one GPU
-        row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": "none" if self.mode == "alone" else self.mode, "seq_len": context,
-               "micro_batch": micro_batch, "tokens_per_step": tokens * ranks, "tokens_per_s": round(rate * ranks), "ms_per_step": round(step_s * 1e3, 3),
-               "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0)}
-        figure = f"{rate:.0f} tokens/s a GPU, {step_s * 1e3:.1f} ms a step, {row['memory_gib']:.1f} GiB"
-        failed = []
         if self.mode == "alone":
-            runs.alone[self.model, self.recipe, self.tokens] = rate
-        else:
-            figure += self.judge(runs, out, rate, row, failed)
-        report.test(self.name, "fail" if failed else "pass", figure + "".join(f"; {what}" for what in failed), row)
-
-    def judge(self, runs, out, rate, row, failed):
-        figure, measured = "", not runs.a.rehearse and self.model == "gpt2-1558M"
+            runs.alone[self.model, self.recipe, self.tokens] = tokens / step_s
         alone = runs.alone.get((self.model, self.recipe, self.tokens))
-        if alone:
-            row["share_of_one_gpu"] = round(rate / alone, 4)
-            figure += f", {rate / alone:.1%} of one GPU's"
-        bar = BARS.get(self.mode) if measured and self.tokens != FEW_TOKENS else None
-        if bar and not (alone and rate / alone >= bar):
+        row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": self.shard, "seq_len": context, "micro_batch": micro_batch,
+               "tokens_per_step": tokens * ranks, "tokens_per_s": round(tokens * ranks / step_s), "ms_per_step": round(step_s * 1e3, 3),
+               "share_of_one_gpu": round(tokens / step_s / alone, 4) if alone else None, "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0),
+               "gathered_bytes": gathered_bytes(out), **communication(out), "command": records(out, "run")[0]["command"].replace(f"{runs.folder}/", "")}
+        failed = self.failures(row, runs.a.rehearse)
+        report.test(self.name, "fail" if failed else "pass", "; ".join([figure_of(row), *failed]), row)
+
+    @property
+    def shard(self):
+        return "none" if self.mode == "alone" else self.mode
+
+    def failures(self, row, rehearsed):
+        """What of the row is not as it must be. Speeds of a rehearsal, and of other models, have no bars."""
+        if rehearsed or self.mode == "alone":
+            return []
+        failed = [] if row["communication_ms"] else ["the timeline shows no communication"]
+        if self.model != "gpt2-1558M":
+            return failed
+        bar = BARS.get(self.mode) if self.tokens != FEW_TOKENS else None
+        if bar and not (row["share_of_one_gpu"] or 0) >= bar:
             failed.append(f"at least {bar:.0%}")
-        row["gathered_bytes"] = gathered_bytes(out)
-        figure += f", {row['gathered_bytes'] / 2**20:.1f} MiB gathered (a captured call counts once)"
-        pairs = [pair for profile in records(out, "profile") for pair in zip(profile["communication_ms"], profile["exposed_ms"])]
-        if any(communication > 0 for communication, _ in pairs):
-            communication, exposed = max((pair for pair in pairs if pair[0] > 0), key=lambda pair: pair[1] / pair[0])
-            row |= {"communication_ms": round(communication, 3), "exposed_ms": round(exposed, 3), "exposed_share": round(exposed / communication, 4)}
-            figure += f", {communication:.1f} ms of communication, {exposed:.1f} ms ({exposed / communication:.0%}) exposed"
-            if measured and self.tokens == FEW_TOKENS and self.mode in ("optimizer", "full") and exposed > MOST_EXPOSED * communication:
-                failed.append(f"at most {MOST_EXPOSED:.0%} exposed")
-        elif not runs.a.rehearse:
-            failed.append("the timeline shows no communication")
-        return figure
+        if row["communication_ms"] and self.tokens == FEW_TOKENS and self.mode in ("optimizer", "full") and row["exposed_share"] > MOST_EXPOSED:
+            failed.append(f"at most {MOST_EXPOSED:.0%} exposed")
+        return failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,32 +186,39 @@ class Gathered:
 @dataclasses.dataclass(frozen=True)
 class Losses:
     recipe: str
+    mode: str
 
     @property
     def name(self):
-        return f"losses of 300 steps, {self.recipe}"
+        return f"losses of 300 steps, {self.recipe}, {self.mode}"
 
     def seconds(self):
-        return 150
+        return 100
 
     def run(self, report, runs):
         steps = 30 if runs.a.rehearse else 300
         common = [*MODELS["tiny" if runs.a.rehearse else "gpt2-124M"], "--recipe", self.recipe, "--val", runs.a.val, "--micro-batch", 4 if runs.a.rehearse else 16,
                   "--global-batch-tokens", 1024 if runs.a.rehearse else 65536, "--steps", steps, "--eval-every", steps // 6,
                   *(["--eval-tokens", 2048] if runs.a.rehearse else []), "--checkpoint-every", 0]
-        one, other = runs.whole([[*common, "--seed", 1337], [*common, "--seed", 1338]])
-        for mode in ("full", "none"):
-            several, process = runs.start(runs.a.ranks, *common, "--seed", 1337, "--shard", mode)
-            _, errors = process.communicate(timeout=1800)
-            if process.returncode != 0:
-                raise Failed(own_line(errors))
-            curve = {name: [r["loss"] for r in records(out, "eval")[1:]] for name, out in (("one", one), ("other", other), ("several", several))}
-            spread, difference = (statistics.fmean((x - y) ** 2 for x, y in zip(curve["one"], curve[b])) ** 0.5 for b in ("other", "several"))
-            report.test(f"{self.name}, {mode}", "pass" if difference <= spread and len(curve["one"]) == 6 else "fail",
-                        f"{runs.a.ranks} GPUs end at {curve['several'][-1]:.4f}, one at {curve['one'][-1]:.4f}, another seed at {curve['other'][-1]:.4f}; "
-                        f"differences over {len(curve['one'])} evaluations {difference:.5f} and {spread:.5f}")
-            shutil.rmtree(several)  # checkpoints
-        shutil.rmtree(one), shutil.rmtree(other)
+        if self.recipe not in runs.curves:
+            runs.curves[self.recipe] = [losses_of(out) for out in runs.whole([[*common, "--seed", 1337], [*common, "--seed", 1338]])]
+        one, other = runs.curves[self.recipe]
+        out, process = runs.start(runs.a.ranks, *common, "--seed", 1337, "--shard", self.mode)
+        _, errors = process.communicate(timeout=1800)
+        if process.returncode != 0:
+            raise Failed(own_line(errors))
+        several = losses_of(out)
+        spread, difference = (statistics.fmean((x - y) ** 2 for x, y in zip(one, curve)) ** 0.5 for curve in (other, several))
+        report.test(self.name, "pass" if difference <= spread and len(one) == len(several) == 6 else "fail",
+                    f"{runs.a.ranks} GPUs end at {several[-1]:.4f}, one at {one[-1]:.4f}, another seed at {other[-1]:.4f}; "
+                    f"differences over {len(one)} evaluations {difference:.5f} and {spread:.5f}")
+
+
+def losses_of(out):
+    """Of its evaluations but that at the start; the folder, with its checkpoints, is gone."""
+    losses = [r["loss"] for r in records(out, "eval")[1:]]
+    shutil.rmtree(out)
+    return losses
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,12 +301,13 @@ def rows(rehearse, ranks):
     def speeds(model, recipe, tokens, *modes):
         return [Speed(model, recipe, mode, tokens) for mode in modes]
     faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "another option", "missing rank")]
+    losses = [Losses(recipe, mode) for recipe in ("tensorwise", "bf16") for mode in ("full", "none")]
     if rehearse:
         return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
-                Gathered("full"), Gathered("gradients"), *faults, Losses("tensorwise"), Losses("bf16")]
+                Gathered("full"), Gathered("gradients"), *faults, *losses]
     wanted = [*speeds(large, "tensorwise", many, "alone", "none", "optimizer", "full"), *speeds(large, "bf16", many, "alone", "full"),
               *speeds(large, "tensorwise", FEW_TOKENS, "alone", "full", "optimizer"), *[Gathered(mode) for mode in ("full", "gradients")], *faults,
-              *[Losses(recipe) for recipe in ("tensorwise", "bf16")], *speeds(large, "tensorwise", many, "gradients"),
+              *losses, *speeds(large, "tensorwise", many, "gradients"),
               *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds(large, "bf16", many, "none", "optimizer", "gradients"),
               *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(large, "bf16", FEW_TOKENS, "alone", "full"),
               *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),

@@ -59,6 +59,7 @@ class Runs:
         self.a, self.folder, self.made = arguments, folder, 0
         self.alone = {}          # (model, recipe, tokens) -> tokens/s of one GPU
         self.micro_batches = {}  # model -> what fits
+        self.curves = {}         # recipe -> validation losses of two seeds on one GPU
         self.idle_mib = gpu_memory_mib()
 
     def command(self, ranks, *options):
