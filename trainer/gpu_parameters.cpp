@@ -53,15 +53,16 @@ GpuParameters::GpuParameters(const EngineOptions& options, const ParameterList& 
         place.slice = place.elements / list.ranks;
     }
     const BlockBuffer block(list.block_units.front().size(), nullptr), embedding(1, nullptr);  // the blocks are alike
-    if (shape_.gathers) {
-        gathered_.assign(size_t(buffer_count()), block);
-        gathered_.push_back(embedding);
-        transposed_ = block;
-    }
-    if (shape_.partial) {
-        partials_.assign(size_t(buffer_count()), block);
-        partials_.push_back(embedding);
-    }
+    const auto in_turn = [&](std::vector<BlockBuffer>& buffers, bool wanted) {
+        if (!wanted) return;
+        buffers.assign(size_t(buffer_count()), block);
+        buffers.push_back(embedding);
+    };
+    in_turn(gathered_, shape_.gathers);
+    if (shape_.gathers) transposed_ = block;
+    in_turn(partials_, shape_.partial);
+    in_turn(arrived_, shape_.sharded);
+    in_turn(wires_, travels_narrow() && (shape_.sharded || shape_.replicates));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ GpuParameters::GpuParameters(const EngineOptions& options, const ParameterList& 
 
 void GpuParameters::request(Arena& arena, Arena& communicating) {
     const size_t n = size_t(held_.elements);
-    Arena& shared = shape_.sharded || shape_.reduces_units || shape_.reduces_rest ? communicating : arena;
+    Arena& shared = shape_.sharded || shape_.replicates || shape_.reduces_rest ? communicating : arena;
     arena.request(params_, n, "master weights (FP32)");
     request_gradients(shared);
     arena.request(m_, n, "Adam moments (FP32)");
@@ -80,16 +81,17 @@ void GpuParameters::request(Arena& arena, Arena& communicating) {
 
 void GpuParameters::request_gradients(Arena& shared) {
     shared.request(grads_, size_t(shape_.partial ? held_.elements : list_.flat_elements), "gradients (FP32)");
-    for (size_t b = 0; b < partials_.size(); ++b) {
-        const std::vector<int>& units = units_of(b + 1 == partials_.size() ? kEmbedding : 0);
-        for (size_t k = 0; k < units.size(); ++k) shared.request(partials_[b][k], size_t(unit_at(units[k]).elements) * sizeof(float), "gradients of a micro-batch (FP32)");
-    }
-    int64_t largest = 0;
-    for (const Unit& unit : list_.units) largest = std::max(largest, unit.elements);
-    const Element element = options_.parallel.gradient_element;
-    const std::string row = message("gradients on their way (%s)", element == Element::bf16 ? "BF16" : "FP32");
-    if (shape_.sharded) shared.request(arrived_, size_t(largest * bytes_of(element)), row);
-    if (shape_.reduces_units && element == Element::bf16) shared.request(wire_, size_t(largest), row);
+    const auto request_in_turn = [&](std::vector<BlockBuffer>& buffers, int64_t bytes, const std::string& row) {
+        for (size_t b = 0; b < buffers.size(); ++b) {
+            const std::vector<int>& units = units_of(b + 1 == buffers.size() ? kEmbedding : 0);
+            for (size_t k = 0; k < units.size(); ++k) shared.request(buffers[b][k], size_t(unit_at(units[k]).elements * bytes), row);
+        }
+    };
+    const int64_t width = bytes_of(options_.parallel.gradient_element);
+    const std::string on_their_way = message("gradients on their way (%s)", travels_narrow() ? "BF16" : "FP32");
+    request_in_turn(partials_, int64_t(sizeof(float)), "gradients of a micro-batch (FP32)");
+    request_in_turn(arrived_, width, on_their_way);
+    request_in_turn(wires_, width, on_their_way);
 }
 
 void GpuParameters::request_tables(Arena& arena, Arena& shared) {
@@ -109,6 +111,7 @@ void GpuParameters::request_weights(Arena& arena, Arena& shared) {
     for (const int i : rounded_rest(list_)) arena.request(rest_bf16_[size_t(i)], size_t(list_[i].padded_count()), kBf16);
     for (size_t u = 0; u < places_.size(); ++u) {
         const Place& place = places_[u];
+        if (shape_.gathers && place.layer == kEmbedding) continue;  // its slice is where it is gathered
         const size_t elements = size_t(shape_.gathers ? place.slice : place.elements);
         (shape_.gathers ? arena : shared).request(unit_weights_[u], elements * size_t(place.width()), place.fp8 ? kFp8 : kBf16);
         if (place.fp8 && !shape_.gathers) arena.request(unit_transposed_[u], elements, kFp8);
@@ -150,7 +153,8 @@ void GpuParameters::place_units() {
         const auto turn = [&](const std::vector<BlockBuffer>& buffers) { return (place.layer == kEmbedding ? buffers.back() : buffers[size_t(shape_.buffer_of(place.layer))])[k]; };
 
         place.weights = shape_.gathers ? turn(gathered_) : unit_weights_[u];
-        place.own = shape_.gathers ? unit_weights_[u] : unit_weights_[u] + place.slice_bytes() * rank;
+        const bool in_place = !shape_.gathers || place.layer == kEmbedding;
+        place.own = in_place ? place.weights + place.slice_bytes() * rank : unit_weights_[u];
         if (place.fp8) place.transposed = reinterpret_cast<uint8_t*>(shape_.gathers ? transposed_[k] : unit_transposed_[u]);
         if (shape_.partial) {
             place.gradients = reinterpret_cast<float*>(turn(partials_));
@@ -159,6 +163,8 @@ void GpuParameters::place_units() {
             place.gradients = grads_ + unit_at(int(u)).begin;
             place.reduced = place.gradients + place.slice * rank;
         }
+        if (!arrived_.empty()) place.arrived = turn(arrived_);
+        if (!wires_.empty()) place.wire = reinterpret_cast<__nv_bfloat16*>(turn(wires_));
     }
 }
 
@@ -257,8 +263,8 @@ void GpuParameters::poison() const {
         }
         clear_gap_before(place.elements);
     }
-    if (wire_ != nullptr)
-        for (const Place& place : places_) CUDA_CHECK(cudaMemset(wire_, kNan, size_t(place.elements) * sizeof(__nv_bfloat16)));
+    for (const Place& place : places_)
+        if (place.wire != nullptr) CUDA_CHECK(cudaMemset(place.wire, kNan, size_t(place.elements) * sizeof(__nv_bfloat16)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ class GpuParameters {
         uint8_t* transposed = nullptr;  // FP8: of every matrix, at its place of the unit
         float* gradients = nullptr;     // the whole unit's, where backward puts them
         float* reduced = nullptr;       // this rank's slice, where the optimizer finds it
+        char* arrived = nullptr;        // every rank's gradients of this rank's slice
+        __nv_bfloat16* wire = nullptr;  // the whole unit's gradients, where they travel in BF16
         const TransposeCodes* transposes = nullptr;  // in device memory
         int matrices = 0;
         int64_t transposed_tiles = 0;
@@ -109,9 +111,10 @@ class GpuParameters {
 
     void gather(int unit, cudaStream_t stream) const;
     void transpose(int unit, cudaStream_t stream) const;
-    void reduce(int unit, Position position, cudaStream_t stream) const;
-    void reduce_last(int unit, cudaStream_t stream) const;
-    void reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const;
+    bool travels_narrow() const { return options_.parallel.gradient_element == Element::bf16; }
+    void* sent(const Place& place) const { return travels_narrow() ? static_cast<void*>(place.wire) : place.gradients; }
+    void reduce_over_group(const Place& place, cudaStream_t stream) const;
+    void sum(const Place& place, Position position, cudaStream_t stream) const;
     void reduce_over_replicas(const Place& place, cudaStream_t stream) const;
     void reduce_rest(cudaStream_t stream) const;
     void reduce_norm(cudaStream_t stream) const;
@@ -151,8 +154,8 @@ class GpuParameters {
     std::vector<BlockBuffer> gathered_;     // full sharding: by buffer; the last one is the embedding's
     BlockBuffer transposed_;                // full sharding: of one block
     std::vector<BlockBuffer> partials_;     // reduced every micro-batch: by buffer; the last one is the embedding's
-    __nv_bfloat16* wire_ = nullptr;         // the largest unit's gradients, where they travel in BF16
-    char* arrived_ = nullptr;               // sharded: of the largest unit, every rank's gradients of this rank's slice
+    std::vector<BlockBuffer> arrived_;      // sharded: the same
+    std::vector<BlockBuffer> wires_;        // gradients travel in BF16: the same
 
     AdamWTensor* adamw_tensors_ = nullptr;  // a piece each
     AdamWPart adamw_embedding_, adamw_others_;

@@ -10,7 +10,7 @@
 void GpuParameters::clear_added_gradients(cudaStream_t stream) const {
     CUDA_CHECK(cudaMemsetAsync(rest_gradients(), 0, size_t(rest_elements()) * sizeof(float), stream));
     if (!shape_.partial) return;
-    // Their reductions, which come later, add: a graph serves every micro-batch but the first.
+    // Their sums, which come later, add: a graph serves every micro-batch but the first.
     for (const int layer : {0, kEmbedding})
         for (const int unit : units_of(layer)) {
             const Place& place = places_[size_t(unit)];
@@ -29,13 +29,13 @@ void GpuParameters::execute(const Operation& operation, Position position, cudaS
             for (const int unit : units_of(operation.layer)) transpose(unit, stream);
             return;
         case Task::reduce:
-            for (const int unit : units_of(operation.layer)) reduce(unit, position, stream);
+            for (const int unit : units_of(operation.layer)) reduce_over_group(places_[size_t(unit)], stream);
             return;
-        case Task::reduce_earlier:
-            for (const int unit : units_of(operation.layer)) reduce_over_group(places_[size_t(unit)], true, stream);
+        case Task::sum:
+            for (const int unit : units_of(operation.layer)) sum(places_[size_t(unit)], position, stream);
             return;
-        case Task::reduce_last:
-            for (const int unit : units_of(operation.layer)) reduce_last(unit, stream);
+        case Task::replicate:
+            for (const int unit : units_of(operation.layer)) reduce_over_replicas(places_[size_t(unit)], stream);
             return;
         case Task::reduce_rest: return reduce_rest(stream);
         case Task::reduce_norm: return reduce_norm(stream);
@@ -56,8 +56,8 @@ void GpuParameters::execute(const Operation& operation, Position position, cudaS
 void GpuParameters::gather(int unit, cudaStream_t stream) const {
     const Place& place = places_[size_t(unit)];
     const Mark mark("all_gather");
-    if (shape_.gathers)
-        CUDA_CHECK(cudaMemcpyAsync(place.weights + place.slice_bytes() * group().rank(), place.own, size_t(place.slice_bytes()), cudaMemcpyDeviceToDevice, stream));
+    char* const mine = place.weights + place.slice_bytes() * group().rank();
+    if (place.own != mine) CUDA_CHECK(cudaMemcpyAsync(mine, place.own, size_t(place.slice_bytes()), cudaMemcpyDeviceToDevice, stream));
     group().all_gather(place.weights, place.slice_bytes(), stream);
 }
 
@@ -77,38 +77,24 @@ void GpuParameters::cast(cudaStream_t stream) const {
 // ---------------------------------------------------------------------------------------------------------------------
 // Gradients
 
-void GpuParameters::reduce(int unit, Position position, cudaStream_t stream) const {
-    const Place& place = places_[size_t(unit)];
-    if (shape_.sharded) reduce_over_group(place, shape_.partial && !starts_gradients(position), stream);
-    if (completes_gradients(position)) reduce_over_replicas(place, stream);
-}
-
-// Added to what earlier micro-batches left, or to zeros.
-void GpuParameters::reduce_last(int unit, cudaStream_t stream) const {
-    const Place& place = places_[size_t(unit)];
-    if (shape_.sharded) reduce_over_group(place, shape_.partial, stream);
-    reduce_over_replicas(place, stream);
-}
-
-// The sum over the group of this rank's slice, alone or added to what earlier micro-batches left.
-void GpuParameters::reduce_over_group(const Place& place, bool adds, cudaStream_t stream) const {
+void GpuParameters::reduce_over_group(const Place& place, cudaStream_t stream) const {
     const Mark mark("reduce_scatter");
     const Element element = options_.parallel.gradient_element;
-    const bool narrow = element == Element::bf16;
-    if (narrow) round_to_bf16(place.gradients, wire_, place.elements, stream);
-    void* const sent = narrow ? static_cast<void*>(wire_) : place.gradients;
-    const int64_t bytes = place.slice * bytes_of(element);
-    Accumulate sum{.sum = place.reduced, .add = arrived_, .dtype = narrow ? Dtype::bf16 : Dtype::f32, .add_to_sum = adds, .n = place.slice};
-    if (group().copies()) {
-        // Slices travel as they are: NCCL's sums would take SMs from the GEMMs beside them. They are added in FP32 in the order of the ranks,
-        // so with BF16 every rank's gradient is rounded once, however many ranks there are.
-        group().all_to_all(sent, arrived_, bytes, stream);
-        sum.parts = group().size(), sum.stride = place.slice;
-        return accumulate(sum, stream);
-    }
-    // Between machines NCCL's sums on the way save the network most of the bytes.
-    group().reduce_scatter(sent, place.slice, element, stream);
-    sum.add = static_cast<char*>(sent) + bytes * group().rank();
+    if (travels_narrow()) round_to_bf16(place.gradients, place.wire, place.elements, stream);
+    // Slices travel as they are: NCCL's sums would take SMs from the GEMMs beside them. Between machines its sums on the way save
+    // the network most of the bytes.
+    if (group().copies()) group().all_to_all(sent(place), place.arrived, place.slice * bytes_of(element), stream);
+    else group().reduce_scatter(sent(place), place.slice, element, stream);
+}
+
+// Of this rank's slice, alone or added to what earlier micro-batches left (or to zeros, see clear_added_gradients). In FP32 in the
+// order of the ranks, so with BF16 every rank's gradient is rounded once, however many ranks there are.
+void GpuParameters::sum(const Place& place, Position position, cudaStream_t stream) const {
+    const Mark mark("sum_of_ranks");
+    const bool completed_last = place.layer <= 0, adds = shape_.partial && (completed_last || !starts_gradients(position));
+    Accumulate sum{.sum = place.reduced, .add = place.arrived, .dtype = travels_narrow() ? Dtype::bf16 : Dtype::f32, .add_to_sum = adds, .n = place.slice};
+    if (group().copies()) sum.parts = group().size(), sum.stride = place.slice;
+    else sum.add = static_cast<char*>(sent(place)) + place.slice * bytes_of(options_.parallel.gradient_element) * group().rank();
     if (sum.add != sum.sum) accumulate(sum, stream);
 }
 
@@ -117,9 +103,9 @@ void GpuParameters::reduce_over_replicas(const Place& place, cudaStream_t stream
     if (replicas.silent()) return;
     const Mark mark("all_reduce");
     if (options_.parallel.gradient_element == Element::f32) return replicas.all_reduce(place.reduced, place.slice, Element::f32, Reduction::sum, stream);
-    round_to_bf16(place.reduced, wire_, place.slice, stream);
-    replicas.all_reduce(wire_, place.slice, Element::bf16, Reduction::sum, stream);
-    accumulate({.sum = place.reduced, .add = wire_, .dtype = Dtype::bf16, .add_to_sum = false, .n = place.slice}, stream);
+    round_to_bf16(place.reduced, place.wire, place.slice, stream);
+    replicas.all_reduce(place.wire, place.slice, Element::bf16, Reduction::sum, stream);
+    accumulate({.sum = place.reduced, .add = place.wire, .dtype = Dtype::bf16, .add_to_sum = false, .n = place.slice}, stream);
 }
 
 // Few, and always in FP32. Every rank then takes the same step: loss and flag are the same bits on all of them.

@@ -12,7 +12,9 @@
 // With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward. So the last
 // blocks of the forward pass need not be gathered again, nor need the first ones, and the embedding, in the next micro-batch of
 // a step. As soon as a buffer is free the next block's gather follows: ahead of the compute of the block before it. Gradients
-// that are reduced every micro-batch take turns in the same way.
+// that are reduced every micro-batch take turns in the same way, and so does what arrives of them. The communication stream has
+// collectives alone: what other ranks send is added by a kernel of the compute stream, two blocks later (one, where the buffer of
+// the gradients is written again), where it has memory and multiprocessors to itself and has hardly ever to wait for other ranks.
 //
 // What backward completes last, the gradients of the first block and of the embedding, is reduced beside what comes next: the
 // next micro-batch's forward pass, or in the optimizer the norm of the other gradients. So are the replicated parameters'.
@@ -28,6 +30,7 @@ enum class Task : uint8_t {
     embed, forward, head, backward, embed_backward,
     // The parameters, on the compute stream.
     transpose,         // a block's FP8 weights, as its backward pass needs them
+    sum,               // gradients of a block or of the embedding, from what ranks of the group sent
     measure_blocks,    // norm of the gradients of all blocks but the first, as held here
     measure_norm,      // of the others, or of all where ranks hold them whole
     prepare,           // the whole norm, how to clip, whether to skip
@@ -35,11 +38,10 @@ enum class Task : uint8_t {
     update,            // of the others, or of all where nothing is gathered
     cast,              // FP8 weights
     // Collectives
-    gather,          // weights of a block or of the embedding
-    reduce,          // gradients of a block
-    reduce_earlier,  // gradients of the first block or the embedding, of the micro-batch before
-    reduce_last,     // the same, of a step's last micro-batch
-    reduce_rest,     // what is replicated: its gradients, the loss, the flag
+    gather,       // weights of a block or of the embedding
+    reduce,       // gradients of a block or of the embedding over the group, all but the sum
+    replicate,    // the same over replicas
+    reduce_rest,  // what is replicated: its gradients, the loss, the flag
     reduce_norm, reduce_amaxes,
 };
 constexpr bool communicates(Task task) { return task >= Task::gather; }
@@ -58,11 +60,12 @@ struct ShardingShape {
     bool sharded = false;          // masters, moments and the optimizer's gradients are slices
     bool gathers = false;          // weights are gathered whenever they are used; otherwise they stay
     bool partial = false;          // gradients are reduced every micro-batch
-    bool reduces_units = false;    // over a group or over replicas
+    bool sums = false;             // a group's collective leaves sums to do
+    bool replicates = false;
     bool reduces_rest = false;
     bool transposes = false;       // weights are multiplied in FP8
 
-    int buffers() const { return layers < 2 ? layers : 2; }  // of blocks' weights, and as many of their gradients
+    int buffers() const { return layers < 2 ? layers : 2; }  // of blocks' weights, and as many of their gradients and of what arrives
     int buffer_of(int layer) const { return layer % buffers(); }
 };
 ShardingShape sharding_shape(const Parallel& parallel, int layers, bool transposes);

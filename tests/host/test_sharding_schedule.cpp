@@ -12,7 +12,7 @@
 namespace {
 
 // Contents of a buffer are those of a layer, or:
-enum Contents { kWhatever = -10, kBegun, kReduced };
+enum Contents { kWhatever = -10, kBegun, kSent, kReduced };
 
 // What an operation reads and writes, by name, what it must find there and what it leaves.
 struct Access {
@@ -31,6 +31,7 @@ std::vector<Access> accesses_of(const ShardingShape& s, const Operation& o) {
     const std::string transposed = s.gathers ? "transposed" : number("transposed ", l);
     const std::string gradients = s.partial ? number("gradients buffer ", l == kEmbedding ? -1 : s.buffer_of(l)) : number("gradients ", l);
     const std::string embedding_gradients = number(s.partial ? "gradients buffer " : "gradients ", -1);
+    const std::string arrived = number("arrived buffer ", l == kEmbedding ? -1 : s.buffer_of(l));
     // Gradients are used where they have been summed: all, of those blocks, or of the others.
     enum Sums { kAll, kBlocks, kOthers };
     const auto sums = [&s](Sums which, std::vector<Access> all) {
@@ -57,8 +58,13 @@ std::vector<Access> accesses_of(const ShardingShape& s, const Operation& o) {
         case Task::cast: return {{"amaxes", false}, {"slices", true}};
         case Task::gather: return {{l == kEmbedding ? "slice of the embedding" : "slices", false}, {weights, true, kWhatever, l}};
         case Task::reduce:
-        case Task::reduce_earlier:
-        case Task::reduce_last: return {{gradients, true, l, kReduced}, {number("sum ", l), true}};
+            if (!s.sums) return {{gradients, true, l, kReduced}, {number("sum ", l), true}};
+            return {{gradients, true, l, kSent}, {arrived, true, kWhatever, l}};
+        // Of what arrived, or where the collective left it.
+        case Task::sum: return {{gradients, true, kSent, kReduced}, {arrived, false, l}, {number("sum ", l), true}};
+        case Task::replicate:
+            if (!s.sharded) return {{gradients, true, l, kReduced}, {number("sum ", l), true}};
+            return {{number("sum ", l), true}, {arrived, true}};
         case Task::reduce_rest: return {{"rest", true}, {"loss", true}};
         case Task::reduce_norm: return {{"norm", true}};
         case Task::reduce_amaxes: return {{"amaxes", true}};
@@ -132,26 +138,39 @@ struct Named {
     }
 };
 
+std::vector<Named> schedules_of(const std::string& name, const ShardingShape& shape) {
+    std::vector<Named> all;
+    Buffers holds = at_rest(shape);
+    for (const Position p : {Position::first, Position::middle, Position::last, Position::only}) {
+        if (starts_gradients(p)) holds = at_rest(shape);
+        all.push_back({name + message(", position %d", int(p)), shape, micro_batch_schedule(shape, p), holds});
+        EXPECT_EQ(problem_of(shape, all.back().schedule, holds), "") << all.back().name;
+    }
+    all.push_back({name + ", forward", shape, forward_schedule(shape), at_rest(shape)});
+    all.push_back({name + ", optimizer", shape, optimizer_schedule(shape), after_micro_batches(shape)});
+    all.push_back({name + ", refresh", shape, refresh_schedule(shape), at_rest(shape)});
+    return all;
+}
+
+// Four ranks in one group or in two, whose collectives add or leave that to a kernel; or one.
 std::vector<Named> all_schedules() {
+    struct Ranks {
+        const char* name;
+        int group, replicas;
+        bool sums;
+    };
     std::vector<Named> all;
     for (const int layers : {1, 2, 3, 4, 5, 12})
         for (const Shard mode : {Shard::none, Shard::optimizer, Shard::gradients, Shard::full})
-            for (const bool alone : {false, true})
+            for (const Ranks& ranks : {Ranks{"alone", 1, 1, false}, {"4 ranks", 4, 1, false}, {"4 ranks, sums", 4, 1, true}, {"2 x 2 ranks", 2, 2, false}, {"2 x 2 ranks, sums", 2, 2, true}})
                 for (const bool transposes : {false, true}) {
-                    const auto ranks = [&](int size) { return std::make_shared<PlannedCommunicator>(0, alone ? 1 : size); };
-                    const Parallel parallel{.shard = mode, .world = ranks(4), .group = mode == Shard::none ? std::make_shared<PlannedCommunicator>(0, 1) : ranks(2),
-                                            .replicas = ranks(mode == Shard::none ? 4 : 2)};
-                    const ShardingShape shape = sharding_shape(parallel, layers, transposes);
-                    const std::string name = message("%d layers, mode %d, %s%s", layers, int(mode), alone ? "alone" : "4 ranks", transposes ? ", FP8" : "");
-                    Buffers holds = at_rest(shape);
-                    for (const Position p : {Position::first, Position::middle, Position::last, Position::only}) {
-                        if (starts_gradients(p)) holds = at_rest(shape);
-                        all.push_back({name + message(", position %d", int(p)), shape, micro_batch_schedule(shape, p), holds});
-                        EXPECT_EQ(problem_of(shape, all.back().schedule, holds), "") << all.back().name;
-                    }
-                    all.push_back({name + ", forward", shape, forward_schedule(shape), at_rest(shape)});
-                    all.push_back({name + ", optimizer", shape, optimizer_schedule(shape), after_micro_batches(shape)});
-                    all.push_back({name + ", refresh", shape, refresh_schedule(shape), at_rest(shape)});
+                    const auto of = [](int size) { return std::make_shared<PlannedCommunicator>(0, size); };
+                    const int all_ranks = ranks.group * ranks.replicas;
+                    const Parallel parallel{.shard = mode, .world = of(all_ranks), .group = of(mode == Shard::none ? 1 : ranks.group),
+                                            .replicas = of(mode == Shard::none ? all_ranks : ranks.replicas)};
+                    ShardingShape shape = sharding_shape(parallel, layers, transposes);
+                    shape.sums |= shape.sharded && ranks.sums;
+                    for (Named& s : schedules_of(message("%d layers, mode %d, %s%s", layers, int(mode), ranks.name, transposes ? ", FP8" : ""), shape)) all.push_back(std::move(s));
                 }
     return all;
 }
@@ -219,11 +238,13 @@ TEST(ShardingSchedule, StepsFollowEachOther) {
                 const ShardingShape shape = sharding_shape(parallel, layers, true);
                 Buffers holds = at_rest(shape);
                 for (int step = 0; step < 2; ++step) {
-                    std::map<int, int> reduced;  // by layer
+                    std::map<int, int> reduced, summed, replicated;  // by layer
                     int rest = 0;
                     const auto run = [&](const Schedule& schedule) {
                         for (const Operation& o : schedule) {
-                            reduced[o.layer] += o.task == Task::reduce || o.task == Task::reduce_earlier || o.task == Task::reduce_last;
+                            reduced[o.layer] += o.task == Task::reduce;
+                            summed[o.layer] += o.task == Task::sum;
+                            replicated[o.layer] += o.task == Task::replicate;
                             rest += o.task == Task::reduce_rest;
                         }
                         return problem_of(shape, schedule, holds);
@@ -231,7 +252,12 @@ TEST(ShardingSchedule, StepsFollowEachOther) {
                     for (int i = 0; i < micro_batches; ++i)
                         ASSERT_EQ(run(micro_batch_schedule(shape, position_of(i, micro_batches))), "") << "mode " << int(mode) << ", micro-batch " << i;
                     ASSERT_EQ(run(optimizer_schedule(shape)), "") << "mode " << int(mode);
-                    for (int l = kEmbedding; l < layers; ++l) EXPECT_EQ(reduced[l], shape.partial ? micro_batches : 1) << "mode " << int(mode) << ", layer " << l;
+                    for (int l = kEmbedding; l < layers; ++l) {
+                        const int times = !shape.sharded ? 0 : shape.partial ? micro_batches : 1;
+                        EXPECT_EQ(reduced[l], times) << "mode " << int(mode) << ", layer " << l;
+                        EXPECT_EQ(summed[l], shape.sums ? times : 0) << "mode " << int(mode) << ", layer " << l;
+                        EXPECT_EQ(replicated[l], 1) << "mode " << int(mode) << ", layer " << l;
+                    }
                     EXPECT_EQ(rest, 1);
                     ASSERT_EQ(run(forward_schedule(shape)), "");
                 }
@@ -242,8 +268,8 @@ TEST(ShardingSchedule, StepsFollowEachOther) {
 TEST(ShardingSchedule, OthersReduceWithTheLastMicroBatch) {
     for (const Named& s : all_schedules()) {
         const bool completes = s.name.ends_with("position 0") || s.name.ends_with("position 3");
-        if (s.shape.partial || completes) continue;
-        EXPECT_TRUE(layers_of(s.schedule, Task::reduce).empty()) << s.name;
+        if (s.shape.partial || completes || s.name.ends_with("optimizer")) continue;
+        for (const Task task : {Task::reduce, Task::sum, Task::replicate}) EXPECT_TRUE(layers_of(s.schedule, task).empty()) << s.name;
     }
 }
 
@@ -260,9 +286,9 @@ TEST(ShardingSchedule, OptimizerHidesWhatNoPassCan) {
     for (const Named& s : all_schedules()) {
         if (!s.name.ends_with("optimizer") || !s.shape.sharded) continue;
         expect_beside(s, Task::gather, Task::update);
-        if (s.shape.layers > 1) expect_beside(s, Task::reduce_last, Task::measure_blocks), ++checked;
+        if (s.shape.layers > 1) expect_beside(s, Task::reduce, Task::measure_blocks), ++checked;
     }
-    EXPECT_EQ(checked, 30);
+    EXPECT_EQ(checked, 5 * 3 * 4 * 2);  // layers, modes, ranks, FP8 or not
 }
 
 // The next block's weights travel while this one computes: the gather is enqueued before and does not wait for it.
@@ -298,10 +324,10 @@ TEST(ShardingSchedule, NextBlockIsGatheredAhead) {
 // A reduction runs beside the next block's backward pass, and two blocks at most are between it and the one that needs its buffer.
 TEST(ShardingSchedule, ReductionsRunBesideBackward) {
     for (const Named& s : all_schedules()) {
-        if (layers_of(s.schedule, Task::reduce).empty()) continue;
+        if (layers_of(s.schedule, Task::reduce).empty() || layers_of(s.schedule, Task::backward).empty()) continue;
         const auto before = happens_before(s.schedule);
         for (int l = s.shape.layers - 1; l > 0; --l) {
-            const size_t reduce = index_of(s.schedule, Task::reduce, l), next = index_of(s.schedule, Task::backward, l - 1);
+            const size_t reduce = index_of(s.schedule, Task::reduce, l, index_of(s.schedule, Task::head, kEmbedding)), next = index_of(s.schedule, Task::backward, l - 1);
             EXPECT_LT(reduce, next) << s.name;
             EXPECT_FALSE(before[reduce][next]) << s.name;
         }
