@@ -226,9 +226,10 @@ void Preparation::add_entropies(const std::vector<BlockEncoder>& encoders) {
 }
 
 PrepareSummary Preparation::finish() {
-    REQUIRE(summary_.files > 0, "no text in the input: %lld binary and %lld empty files; see --extensions",
+    REQUIRE(summary_.files > 0, "no text in the input: %lld binary and %lld empty files (text must be UTF-8, or of another encoding without NUL bytes)",
             static_cast<long long>(summary_.binary_files), static_cast<long long>(summary_.empty_files));
     const auto documents = static_cast<long long>(summary_.train.documents + summary_.val.documents);
+    REQUIRE(documents > 0, "no documents in the input: %lld lines of .jsonl files without a text", static_cast<long long>(summary_.bad_lines));
     REQUIRE(summary_.train.documents > 0, "the training split is empty: %lld documents at --val-fraction %g: lower it",
             documents, options_.val_fraction);
     REQUIRE(summary_.val.documents > 0 || options_.val_fraction == 0,
@@ -304,8 +305,9 @@ PrepareSummary prepare_shards(const PrepareOptions& options, const Tokenizer& to
     require_valid(options);
     int64_t other_files = 0;
     auto files = find_source_files(options.inputs, parse_extensions(options.extensions), &other_files);
-    REQUIRE(!files.empty(), "%s%s: no files with the extensions %s", options.inputs[0].c_str(),
-            options.inputs.size() > 1 ? " and the other inputs" : "", options.extensions.c_str());
+    REQUIRE(!files.empty(), "%s%s: no files with the extensions %.40s%s, %lld with others: see --extensions, or name files", options.inputs[0].c_str(),
+            options.inputs.size() > 1 ? " and the other inputs" : "", options.extensions.c_str(), options.extensions.size() > 40 ? "..." : "",
+            static_cast<long long>(other_files));
 
     const OutputFolder folder(options.out);
     REQUIRE(options.overwrite || earlier_output(options.out).empty(),

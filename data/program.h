@@ -18,7 +18,7 @@ inline std::string described(const CLI::ParseError& error) {
     if (!dynamic_cast<const CLI::ConversionError*>(&error)) return text + ", see --help";
     std::string option = after("convert: ");
     if (const size_t at = option.find(" = "); at != std::string::npos) option.replace(at, 3, " ");
-    return option + ": is no number that this option takes, see --help";
+    return option + ": is not a value that this option takes, see --help";
 }
 
 inline std::string described(const std::filesystem::filesystem_error& error) {

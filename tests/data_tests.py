@@ -55,13 +55,14 @@ def test_wrong_usage_is_one_clear_line():
     with Scratch() as out:
         (out / "text").mkdir()
         (out / "text" / "a.txt").write_text("some text")
+        (out / "bad.jsonl").write_text('{"a": 1}\n')
         cases = [
             ("prepare", [], "INPUT is required, see --help"),
             ("prepare", ["text"], "--out is required, see --help"),
             ("prepare", ["--out"], "--out: 1 required TEXT missing, see --help"),
             ("prepare", ["--out", "o", "--threadz", "1", "text"], "--threadz: no such option"),
-            ("prepare", ["--out", "o", "--val-fraction", "abc", "text"], "--val-fraction abc: is no number"),
-            ("prepare", ["--out", "o", "--shard-tokens", "1e6", "text"], "--shard-tokens 1e6: is no number"),
+            ("prepare", ["--out", "o", "--val-fraction", "abc", "text"], "--val-fraction abc: is not a value"),
+            ("prepare", ["--out", "o", "--shard-tokens", "1e6", "text"], "--shard-tokens 1e6: is not a value"),
             ("prepare", ["--out", "text/a.txt", "--shard-tokens", "1", "none"], "--shard-tokens 1: must be at least 4096"),
             ("prepare", ["--out", "text/a.txt", "--tokenizer", "foo", "none"], '"foo": must be bytes or gpt2'),
             ("prepare", ["--out", "text/a.txt", "none"], "none: no such file or folder"),
@@ -69,7 +70,8 @@ def test_wrong_usage_is_one_clear_line():
             ("prepare", ["--out", "text/a.txt/o", "text"], "text/a.txt/o: cannot make this folder: Not a directory"),
             ("prepare", ["--out", "", "text"], "--out: is empty"),
             ("prepare", ["--out", "o", "--extensions", "", "text"], "--extensions: is empty"),
-            ("prepare", ["--out", "o", "--extensions", "xyz", "text"], "text: no files with the extensions xyz"),
+            ("prepare", ["--out", "o", "--extensions", "xyz", "text"], "text: no files with the extensions xyz, 1 with others: see --extensions"),
+            ("prepare", ["--out", "o", "--skip-bad-lines", "bad.jsonl"], "no documents in the input: 1 lines"),
             ("inspect", [], "INPUT is required, see --help"),
             ("inspect", ["none"], "none: cannot open: No such file"),
             ("inspect", ["text"], "text: no shards: expected *.bin files in this folder"),
