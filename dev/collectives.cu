@@ -144,4 +144,4 @@ void benches(Report& report) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_program_of_ranks<checks, benches>(argc, argv, "collectives"); }
+int main(int argc, char** argv) { return run_dev_program_of_ranks<checks, benches>(argc, argv, "collectives"); }

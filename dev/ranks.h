@@ -31,7 +31,7 @@ void together(Report& report) {
 
 // Ranks leave together: whoever left before would count as dead, and end the job before its last lines.
 template <void (*kChecks)(Report&), void (*kBenches)(Report&)>
-int run_program_of_ranks(int argc, char** argv, const char* name) {
+int run_dev_program_of_ranks(int argc, char** argv, const char* name) {
     constexpr int kNoGpu = 77;  // status of a dev program
     const int status = run_dev_program(argc, argv, name, together<kChecks>, together<kBenches>);
     if (status != kNoGpu) world().finish();

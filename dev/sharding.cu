@@ -385,4 +385,4 @@ void no_benches(Report&) {}  // speeds: tests/gpu/multi_gpu.py
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_program_of_ranks<checks, no_benches>(argc, argv, "sharding"); }
+int main(int argc, char** argv) { return run_dev_program_of_ranks<checks, no_benches>(argc, argv, "sharding"); }

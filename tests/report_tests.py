@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT / "tests/gpu"))
 
 import floors  # noqa: E402
 import report  # noqa: E402
+import sanitize  # noqa: E402
 
 FLOORS = """
 # a comment
@@ -72,6 +73,13 @@ def test_lines_of_another_form_are_refused():
         except ValueError:
             continue
         assert False, f"accepted: {text}"
+
+
+def test_every_report_has_its_makers():
+    """A dev program that is no longer found would silently drop out of the report, with its checks."""
+    known = {entry.path.name for entry in report.entries().values()}
+    assert {path.name for path in report.FOLDER.glob("*.json")} <= known, known
+    assert {"sharding", "collectives", "attention", "ptx"} <= set(sanitize.programs()) and set(sanitize.programs()) <= set(report.entries())
 
 
 def test_the_floors_are_of_reports_that_exist():

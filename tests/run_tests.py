@@ -117,7 +117,7 @@ def host_mutants(build, tally):
 def gpu_tests(build, tally):
     for source in sorted((ROOT / "dev").glob("*.cu")):
         program = build / "dev" / source.stem
-        if "run_dev_program(" not in source.read_text():
+        if "run_dev_program" not in source.read_text():
             continue  # a tool, not a test
         status, output = run([str(program), "check"])
         match = re.search(r"(\d+) passed, (\d+) failed(?:, (\d+) skipped)?$", output, re.M)

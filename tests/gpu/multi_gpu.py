@@ -107,7 +107,7 @@ class Speed:
 
     def seconds(self):
         rate = {"gpt2-124M": 600e3, "gpt2-1558M": 60e3, "gpt2-3B": 30e3}.get(self.model, 1e6)
-        start = {"gpt2-124M": 15, "gpt2-1558M": 35, "gpt2-3B": 60}.get(self.model, 5)
+        start = {"gpt2-124M": 10, "gpt2-1558M": 18, "gpt2-3B": 35}.get(self.model, 5)
         return start + (WARM_UP + sum(self.steps())) * self.tokens / rate
 
     def steps(self):
@@ -167,7 +167,7 @@ class Gathered:
         return f"gathered bytes of a block, {self.mode}"
 
     def seconds(self):
-        return 60
+        return 40
 
     def run(self, report, runs):
         model = ["--model", "tiny"] if runs.a.rehearse else ["--model", "gpt2-124M"]
@@ -193,7 +193,7 @@ class Losses:
         return f"losses of 300 steps, {self.recipe}, {self.mode}"
 
     def seconds(self):
-        return 100
+        return 60
 
     def run(self, report, runs):
         steps = 30 if runs.a.rehearse else 300
@@ -234,7 +234,7 @@ class Fault:
         return f"fault: {self.kind}"
 
     def seconds(self):
-        return 45
+        return {"kill of a rank": 12, "stop of a rank": 32, "another option": 10, "missing rank": 30}[self.kind]
 
     def run(self, report, runs):
         seconds, status, errors, words, outs = getattr(self, self.kind.replace(" ", "_"))(runs)
@@ -305,13 +305,12 @@ def rows(rehearse, ranks):
     if rehearse:
         return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
                 Gathered("full"), Gathered("gradients"), *faults, *losses]
-    wanted = [*speeds(large, "tensorwise", many, "alone", "none", "optimizer", "full"), *speeds(large, "bf16", many, "alone", "full"),
-              *speeds(large, "tensorwise", FEW_TOKENS, "alone", "full", "optimizer"), *[Gathered(mode) for mode in ("full", "gradients")], *faults,
-              *losses, *speeds(large, "tensorwise", many, "gradients"),
-              *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds(large, "bf16", many, "none", "optimizer", "gradients"),
-              *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(large, "bf16", FEW_TOKENS, "alone", "full"),
-              *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "bf16", many, "alone", "full")]
+    wanted = [*speeds(large, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", many, "alone", "optimizer", "full"),
+              *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults, *speeds(large, "bf16", many, "alone", "full"),
+              *speeds(large, "tensorwise", many, "none", "gradients"), *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"),
+              *speeds(large, "bf16", many, "optimizer", "none", "gradients"), *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(large, "bf16", FEW_TOKENS, "alone", "full"), *speeds(huge, "bf16", many, "alone", "full", "optimizer")]
     return list(dict.fromkeys(wanted))
 
 

@@ -95,7 +95,7 @@ def has_cudnn():
 def entries():
     found = []
     for source in sorted((ROOT / "dev").glob("*.cu")):
-        if "run_dev_program(" not in source.read_text():
+        if "run_dev_program" not in source.read_text():
             continue  # a tool
         own = [f"dev/{source.stem}", *objects_in(f"dev/parts/{source.stem}"), "dev/harness"]
         kernel = [f"kernels/{source.stem}", *objects_in(f"kernels/{source.stem}"), "kernels/common/mark", "trainer/reference/quantizer"]
