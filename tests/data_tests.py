@@ -10,7 +10,7 @@ from program_runs import ROOT, Scratch, Skipped, SmallDisk, program
 
 def data_program(name, *options, ok=True, **how):
     done = subprocess.run([str(program().parent / "data" / name), *options], **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, **how})
-    assert (done.returncode == 0) == ok, f"exit status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert (done.returncode == 0) == ok, f"exit status {done.returncode}:\n{(done.stdout or '')[-2000:]}{done.stderr[-2000:]}"
     return done
 
 
