@@ -108,7 +108,8 @@ class CuptiProfiler final : public Profiler, public MarkListener {
         }
         for (const Record& r : records_) {
             const int entry = entry_of(r);
-            // Copy engines' collectives are copies, and ranks' sums are kernels of ours: all that is enqueued for the ranks counts.
+            // Copy engines' collectives are copies: all that is enqueued on the communication stream counts. Sums of what arrived are
+            // kernels of the compute stream, and count as compute.
             const bool for_ranks = marks_.phase(entry) == "communication";
             records.push_back({r.name, entry, r.start_ns, r.end_ns, marks_.ideal_s(entry, peak_), for_ranks ? Work::communication : r.work, r.stream});
         }

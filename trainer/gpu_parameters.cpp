@@ -61,7 +61,7 @@ GpuParameters::GpuParameters(const EngineOptions& options, const ParameterList& 
     in_turn(gathered_, shape_.gathers);
     if (shape_.gathers) transposed_ = block;
     in_turn(partials_, shape_.partial);
-    in_turn(arrived_, shape_.sharded);
+    in_turn(arrived_, shape_.sharded && group().copies());
     in_turn(wires_, travels_narrow() && (shape_.sharded || shape_.replicates));
 }
 

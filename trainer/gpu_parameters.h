@@ -154,7 +154,7 @@ class GpuParameters {
     std::vector<BlockBuffer> gathered_;     // full sharding: by buffer; the last one is the embedding's
     BlockBuffer transposed_;                // full sharding: of one block
     std::vector<BlockBuffer> partials_;     // reduced every micro-batch: by buffer; the last one is the embedding's
-    std::vector<BlockBuffer> arrived_;      // sharded: the same
+    std::vector<BlockBuffer> arrived_;      // slices travel as they are: the same
     std::vector<BlockBuffer> wires_;        // gradients travel in BF16: the same
 
     AdamWTensor* adamw_tensors_ = nullptr;  // a piece each

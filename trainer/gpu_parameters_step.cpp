@@ -118,6 +118,7 @@ void GpuParameters::reduce_rest(cudaStream_t stream) const {
 }
 
 // NCCL connects ranks, and takes memory for it, at the first collective of a kind: here, rather than while a graph is captured.
+// Its copy engines' flags count eager calls and say 1 in graphs: more than one eager call must come before the first graph.
 void GpuParameters::connect(cudaStream_t stream) {
     if (shape_.sharded) {
         gather(list_.embedding_unit, stream);

@@ -61,6 +61,6 @@ Parallel make_gpu_parallel(World& world, const ParallelOptions& options) {
 
 Parallel planned_parallel(int ranks, const ParallelOptions& options) {
     const auto [groups, group_size] = grouping_of(ranks, options);
-    const auto of = [](int size) { return std::make_shared<PlannedCommunicator>(0, size); };
+    const auto of = [](int size) { return std::make_shared<PlannedCommunicator>(0, size, true); };  // which takes more memory
     return {.shard = options.shard, .gradient_element = options.gradient_element, .world = of(ranks), .group = of(group_size), .replicas = of(groups)};
 }

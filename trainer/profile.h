@@ -88,7 +88,9 @@ struct TimelineEvent {
 struct Profile {
     double busy_ms = 0, span_ms = 0, summed_ms = 0;  // of a step: union of the records, first start to last end, sum
     double launches = 0;
-    double communication_ms = 0, exposed_ms = 0;  // of a step: union of communication, and its part with no compute beside it
+    // Of a step: union of communication, and its part with no compute beside it. Copy engines' collectives wait for other ranks
+    // before and after their copies without a record: a rank that only waits is idle, here and in busy_ms.
+    double communication_ms = 0, exposed_ms = 0;
     std::vector<ProfileRow> rows;  // longest first
     struct Phase {
         std::string name;

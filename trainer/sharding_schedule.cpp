@@ -38,7 +38,7 @@ class Builder {
             const int free = shape_.partial ? kNothing : settle(layer + buffers, replicates);
             if (shape_.gathers && layer - buffers >= 0) gather(layer - buffers, used);
             if (layer > 0 && shape_.sharded && (shape_.partial || completes)) reduced_[size_t(layer)] = add(Task::reduce, layer, std::max(used, free));
-            if (layer > 0 && !shape_.sharded && replicates) add(Task::replicate, layer, used);
+            if (!shape_.sharded && replicates) add(Task::replicate, layer, used);
         }
         add(Task::embed_backward, kEmbedding);
         for (int layer = buffers - 1; layer > 0; --layer) settle(layer, replicates);
@@ -93,7 +93,8 @@ class Builder {
     void settle_last(bool replicates) {
         for (size_t i = 0; i < 2; ++i) {
             const int summed = shape_.sums ? add(Task::sum, kCompletedLast[i], last_reduced_[i]) : kNothing;
-            if (replicates) add(Task::replicate, kCompletedLast[i], summed);
+            const bool is_left = shape_.sharded || kCompletedLast[i] == kEmbedding;
+            if (replicates && is_left) add(Task::replicate, kCompletedLast[i], summed);
         }
     }
 

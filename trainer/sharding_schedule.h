@@ -12,12 +12,14 @@
 // With full sharding block l's weights are in buffer l % buffers while it is used, in forward and in backward. So the last
 // blocks of the forward pass need not be gathered again, nor need the first ones, and the embedding, in the next micro-batch of
 // a step. As soon as a buffer is free the next block's gather follows: ahead of the compute of the block before it. Gradients
-// that are reduced every micro-batch take turns in the same way, and so does what arrives of them. The communication stream has
-// collectives alone: what other ranks send is added by a kernel of the compute stream, two blocks later (one, where the buffer of
-// the gradients is written again), where it has memory and multiprocessors to itself and has hardly ever to wait for other ranks.
+// that are reduced every micro-batch take turns in the same way, and so does what arrives of them. What other ranks
+// send is added by a kernel of the compute stream, two blocks later (one, where the buffer of the gradients is written again): there
+// it has memory and multiprocessors to itself and hardly ever waits for other ranks. The communication stream has collectives, and
+// beside them only what gradients in BF16 need (rounding, sums of replicas) and with full sharding the copy of a rank's own slice.
 //
 // What backward completes last, the gradients of the first block and of the embedding, is reduced beside what comes next: the
-// next micro-batch's forward pass, or in the optimizer the norm of the other gradients. So are the replicated parameters'.
+// next micro-batch's forward pass, or in the optimizer the norm of the other gradients. So are the replicated parameters'. Ranks that
+// hold everything (none) have the norm of all behind their last reduction: the first block's runs beside the embedding's backward.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -11,8 +11,8 @@ parts of rows' names.
 
 Speed: tokens/s a GPU against one GPU's of the same call: same tokens a GPU and step, same micro-batch, --shard none. Two steps to warm up, one
 traced (CUPTI), then the median of three (of short steps 4 and 8). Bars at 1558M with 524,288 tokens a step of all GPUs: 97 % with --shard optimizer, 93 % with full.
-Exposed: of the time of communication kernels, that during which no other kernel ran on that GPU, the worst rank: 25 % at most with 8,192 tokens
-a GPU and step. Gathered bytes: a block more of the model costs exactly half as many with FP8 as with BF16. Losses: root mean square
+Exposed: of the time of copies between GPUs and of NCCL's kernels, that during which no compute ran on that GPU, the worst rank: 25 % at most with
+8,192 tokens a GPU and step. Sums of what arrived are compute. Waiting for another rank before a copy has no record: the share of one GPU's speed has it. Gathered bytes: a block more of the model costs exactly half as many with FP8 as with BF16. Losses: root mean square
 difference of the validation losses of N GPUs and one, no larger than that of two seeds. Faults end the job within its time-out, with one line
 that names rank and cause, no process and no GPU memory left.
 """

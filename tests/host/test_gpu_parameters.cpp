@@ -28,7 +28,8 @@ struct Setting {
     bool copies = true;  // slices of gradients travel as they are; otherwise the collective adds
 
     std::string text() const {
-        return message("%s, %d layers, ffn %d, %d ranks, mode %d, %d groups, %s", recipe.c_str(), layers, ffn_dim, ranks, int(shard), replicate, element == Element::f32 ? "f32" : "bf16");
+        return message("%s, %d layers, ffn %d, %d ranks, mode %d, %d groups, %s, %s", recipe.c_str(), layers, ffn_dim, ranks, int(shard), replicate, element == Element::f32 ? "f32" : "bf16",
+                       copies ? "copies" : "NCCL adds");
     }
 };
 
@@ -316,6 +317,18 @@ TEST(GpuParameters, Replicas) {
         for (const Element element : {Element::f32, Element::bf16}) {
             expect_good({.ranks = 4, .shard = shard, .replicate = 2, .element = element});
             expect_good({.ranks = 2, .shard = shard, .replicate = 2, .element = element});
+        }
+}
+
+// As between machines. Also few layers, matrices of their own unit, and replicas: what is sent then stays until it is added.
+TEST(GpuParameters, GroupsWhoseCollectiveAdds) {
+    for (const Shard shard : {Shard::optimizer, Shard::gradients, Shard::full})
+        for (const Element element : {Element::f32, Element::bf16}) {
+            expect_good({.ranks = 3, .shard = shard, .element = element, .copies = false});
+            expect_good({.ranks = 4, .shard = shard, .replicate = 2, .element = element, .copies = false});
+            expect_good({.layers = 1, .ffn_dim = 200, .ranks = 2, .shard = shard, .element = element, .copies = false});
+            expect_good({.layers = 2, .ffn_dim = 200, .ranks = 4, .shard = shard, .replicate = 2, .element = element, .copies = false});
+            expect_good({.layers = 1, .ranks = 4, .shard = shard, .replicate = 2, .element = element, .copies = true});
         }
 }
 

@@ -36,7 +36,7 @@ std::vector<Access> accesses_of(const ShardingShape& s, const Operation& o) {
     enum Sums { kAll, kBlocks, kOthers };
     const auto sums = [&s](Sums which, std::vector<Access> all) {
         for (int layer = -1; layer < s.layers; ++layer)
-            if (which == kAll || (which == kBlocks) == (layer > 0)) all.push_back({number("sum ", layer), false});
+            if (which == kAll || (which == kBlocks) == (layer > 0)) all.push_back({number("sum ", layer), false, s.sharded || s.replicates ? layer : kWhatever});
         return all;
     };
     switch (o.task) {
@@ -53,18 +53,18 @@ std::vector<Access> accesses_of(const ShardingShape& s, const Operation& o) {
         case Task::measure_blocks: return sums(kBlocks, {{"norm of blocks", true}});
         case Task::measure_norm: return sums(s.sharded ? kOthers : kAll, {{"norm of blocks", false}, {"norm", true}, {"rest", false}});
         case Task::prepare: return {{"norm", false}, {"loss", false}, {"how to update", true}, {"amaxes", true}};
-        case Task::update_embedding: return {{"how to update", false}, {"sum -1", false}, {"slice of the embedding", true}};
+        case Task::update_embedding: return {{"how to update", false}, {"sum -1", false, kEmbedding}, {"slice of the embedding", true}};
         case Task::update: return sums(kAll, {{"how to update", false}, {"rest", false}, {"amaxes", true}, {"slices", true}});
         case Task::cast: return {{"amaxes", false}, {"slices", true}};
         case Task::gather: return {{l == kEmbedding ? "slice of the embedding" : "slices", false}, {weights, true, kWhatever, l}};
         case Task::reduce:
-            if (!s.sums) return {{gradients, true, l, kReduced}, {number("sum ", l), true}};
+            if (!s.sums) return {{gradients, true, l, kReduced}, {number("sum ", l), true, kWhatever, l}};
             return {{gradients, true, l, kSent}, {arrived, true, kWhatever, l}};
         // Of what arrived, or where the collective left it.
-        case Task::sum: return {{gradients, true, kSent, kReduced}, {arrived, false, l}, {number("sum ", l), true}};
+        case Task::sum: return {{gradients, true, kSent, kReduced}, {arrived, false, l}, {number("sum ", l), true, kWhatever, l}};
         case Task::replicate:
-            if (!s.sharded) return {{gradients, true, l, kReduced}, {number("sum ", l), true}};
-            return {{number("sum ", l), true}, {arrived, true}};
+            if (!s.sharded) return {{gradients, true, l, kReduced}, {number("sum ", l), true, kWhatever, l}};
+            return {{number("sum ", l), true, l}, {arrived, true}};
         case Task::reduce_rest: return {{"rest", true}, {"loss", true}};
         case Task::reduce_norm: return {{"norm", true}};
         case Task::reduce_amaxes: return {{"amaxes", true}};
@@ -101,10 +101,14 @@ Buffers at_rest(const ShardingShape& shape) {
     return holds;
 }
 
-// Before the optimizer: what backward completes last is not reduced.
+// Before the optimizer: what backward completes last is not reduced, but by ranks that hold all: of them the embedding's is not.
 Buffers after_micro_batches(const ShardingShape& shape) {
     Buffers holds = at_rest(shape);
-    for (const int l : {0, kEmbedding}) holds[shape.partial ? number("gradients buffer ", l == kEmbedding ? -1 : shape.buffer_of(l)) : number("gradients ", l)] = l;
+    for (int l = kEmbedding; l < shape.layers; ++l) {
+        const bool is_left = l == kEmbedding || (l == 0 && shape.sharded);
+        if (!is_left) holds[number("sum ", l)] = l;
+        else holds[shape.partial ? number("gradients buffer ", l == kEmbedding ? -1 : shape.buffer_of(l)) : number("gradients ", l)] = l;
+    }
     return holds;
 }
 
@@ -230,38 +234,52 @@ TEST(ShardingSchedule, BlocksComeInOrderAndOnce) {
 
 // A step of several micro-batches, evaluations in between steps: what one leaves is what the next one expects, and every gradient of
 // every micro-batch has been reduced once when the optimizer comes.
+struct Counts {
+    std::map<int, int> reduced, summed, replicated;  // by layer
+    int rest = 0;
+
+    void add(const Schedule& schedule) {
+        for (const Operation& o : schedule) {
+            reduced[o.layer] += o.task == Task::reduce;
+            summed[o.layer] += o.task == Task::sum;
+            replicated[o.layer] += o.task == Task::replicate;
+            rest += o.task == Task::reduce_rest;
+        }
+    }
+};
+
+void expect_steps_follow(const ShardingShape& shape, int micro_batches, const std::string& name) {
+    Buffers holds = at_rest(shape);
+    for (int step = 0; step < 2; ++step) {
+        Counts counts;
+        const auto run = [&](const Schedule& schedule) {
+            counts.add(schedule);
+            return problem_of(shape, schedule, holds);
+        };
+        for (int i = 0; i < micro_batches; ++i) ASSERT_EQ(run(micro_batch_schedule(shape, position_of(i, micro_batches))), "") << name << ", micro-batch " << i;
+        ASSERT_EQ(run(optimizer_schedule(shape)), "") << name;
+        ASSERT_EQ(run(forward_schedule(shape)), "") << name;
+        for (int l = kEmbedding; l < shape.layers; ++l) {
+            const int times = !shape.sharded ? 0 : shape.partial ? micro_batches : 1;
+            EXPECT_EQ(counts.reduced[l], times) << name << ", layer " << l;
+            EXPECT_EQ(counts.summed[l], shape.sums ? times : 0) << name << ", layer " << l;
+            EXPECT_EQ(counts.replicated[l], 1) << name << ", layer " << l;
+            holds.erase(number("sum ", l));  // of the step
+        }
+        EXPECT_EQ(counts.rest, 1) << name;
+    }
+}
+
 TEST(ShardingSchedule, StepsFollowEachOther) {
     for (const Shard mode : {Shard::none, Shard::optimizer, Shard::gradients, Shard::full})
         for (const int layers : {1, 2, 3, 6})
-            for (const int micro_batches : {1, 2, 3, 5}) {
-                const Parallel parallel = planned_parallel(4, {.shard = mode, .replicate = mode == Shard::none ? 1 : 2});
-                const ShardingShape shape = sharding_shape(parallel, layers, true);
-                Buffers holds = at_rest(shape);
-                for (int step = 0; step < 2; ++step) {
-                    std::map<int, int> reduced, summed, replicated;  // by layer
-                    int rest = 0;
-                    const auto run = [&](const Schedule& schedule) {
-                        for (const Operation& o : schedule) {
-                            reduced[o.layer] += o.task == Task::reduce;
-                            summed[o.layer] += o.task == Task::sum;
-                            replicated[o.layer] += o.task == Task::replicate;
-                            rest += o.task == Task::reduce_rest;
-                        }
-                        return problem_of(shape, schedule, holds);
-                    };
-                    for (int i = 0; i < micro_batches; ++i)
-                        ASSERT_EQ(run(micro_batch_schedule(shape, position_of(i, micro_batches))), "") << "mode " << int(mode) << ", micro-batch " << i;
-                    ASSERT_EQ(run(optimizer_schedule(shape)), "") << "mode " << int(mode);
-                    for (int l = kEmbedding; l < layers; ++l) {
-                        const int times = !shape.sharded ? 0 : shape.partial ? micro_batches : 1;
-                        EXPECT_EQ(reduced[l], times) << "mode " << int(mode) << ", layer " << l;
-                        EXPECT_EQ(summed[l], shape.sums ? times : 0) << "mode " << int(mode) << ", layer " << l;
-                        EXPECT_EQ(replicated[l], 1) << "mode " << int(mode) << ", layer " << l;
-                    }
-                    EXPECT_EQ(rest, 1);
-                    ASSERT_EQ(run(forward_schedule(shape)), "");
+            for (const int micro_batches : {1, 2, 3, 5})
+                for (const bool sums : {false, true}) {
+                    ShardingShape shape = sharding_shape(planned_parallel(4, {.shard = mode, .replicate = mode == Shard::none ? 1 : 2}), layers, true);
+                    EXPECT_EQ(shape.sums, shape.sharded);  // planned ranks copy
+                    shape.sums = shape.sharded && (sums || shape.partial);
+                    expect_steps_follow(shape, micro_batches, message("mode %d, %d layers, %d micro-batches, sums %d", int(mode), layers, micro_batches, sums));
                 }
-            }
 }
 
 // Only with the last micro-batch is anything reduced that is not cut away every time.

@@ -110,9 +110,11 @@ class SingleCommunicator final : public Communicator {
 // A rank of a run that is only planned: has a number and a size, and cannot communicate.
 class PlannedCommunicator final : public Communicator {
   public:
-    PlannedCommunicator(int rank, int size) : Communicator(rank, size) {}
+    PlannedCommunicator(int rank, int size, bool copies = false) : Communicator(rank, size), copies_(copies) {}
+    bool copies() const override { return copies_; }
 
   private:
+    const bool copies_;
     void do_all_reduce(void*, int64_t, Element, Reduction, CUstream_st*) override { refuse(); }
     void do_reduce_scatter(void*, int64_t, Element, CUstream_st*) override { refuse(); }
     void do_all_gather(void*, int64_t, CUstream_st*) override { refuse(); }
