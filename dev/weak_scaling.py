@@ -24,38 +24,39 @@ wherever they are, which scatters and gathers: twice the rest.
 
 One communication stream, in program order; a unit is a block, or embedding and head (their bytes count as any unit's):
 
-    optimizer   gather of each unit with the first micro-batch, the embedding first, beside the forward pass of the blocks before; reduction of
+    optimizer   gather of each block with the first micro-batch, beside the forward pass of the blocks before; reduction of
                 each unit (scatter in the group, then reduction of the shard among replicas) behind the backward of the blocks below it, in
                 the last micro-batch
     full        every micro-batch gathers each block before its forward and again before its backward, one ahead of it, and scatters its
                 gradients behind the backward of the next; replicas reduce the shards in the last micro-batch. The two blocks gathered last are
-                still there for the other direction and the next micro-batch. Embedding and head are gathered once a step; their gradients are
-                scattered behind the next micro-batch's forward
-    exposed     = first gathers, and the scatter and reduction of what is complete last (nothing beside them; with full that of the first block in
-                every micro-batch, which is a graph) + what does not fit beside the compute of its block + BARE x (micro-batches that reduce + 1
-                for the optimizer): of what could be hidden a little is not, as compute has gaps and ranks are not level
+                still there for the other direction and the next micro-batch
+    both        embedding and head are gathered once a step, beside AdamW. What is complete last, the gradients of the first block and of the
+                embedding, is scattered beside the norm of the others, of earlier micro-batches (full) beside the next forward pass
+    exposed     = the first block's gather, what replicas reduce last (nothing beside them) + what does not fit beside its compute
+                + BARE x (micro-batches that reduce + 1 for the optimizer): of what could be hidden a little is not, as compute has gaps
     taken       = TAKEN x the time of communication that is hidden: while it runs, compute is that much slower
     kernels     full a micro-batch, optimizer a step: a transposed copy of each block (2 bytes an element); sums of what arrived (inside a node all
                 ranks' parts, as wide as they travel, otherwise one; 4 bytes of the shard, 8 after the first; 6 more of the unit where they travel
-                in BF16): they run beside backward, but are limited by memory and so cost it their time. A step: AdamW (28 bytes), norm (4), casts (5) of
+                in BF16). A step: AdamW (28 bytes), norm (4), casts (5) of
                 what the rank holds
 
 Efficiency is against one GPU that holds everything: above 100 % where the shared optimizer saves more than communication costs.
 
 Memory is masters and moments (12 bytes a parameter of the shard), gradients (4 bytes: of the shard and two units for full, of all
-otherwise; of the largest unit where they arrive), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
+otherwise; of two blocks and the embedding where they arrive), weights, saved activations of one micro-batch (15 C + 3 F bytes a token and block, FP8; 18 C + 4 F in BF16; no recomputation),
 and 2.5 to 3.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
 
 Inputs are in weak_scaling_inputs.py. Measured: MFU, copy speed, collectives. Fitted, to whole steps of two H200s: SLOWED, TAKEN and BARE; the first lines printed say how far the model is
 off there. Two GPUs are all that has been measured. Assumed: an exchange has a gather's figures (the same bytes by the same engines), eight GPUs
-have two's speed each, the hops (NCCL's own constants), 0.85, SLOWED, TAKEN and BARE for any number of ranks, the same MFU for larger shapes, no stragglers, no
-congestion. Where tokens a GPU are few, MFU is not what was measured with many.
+have two's speed each, the hops (NCCL's own constants), 0.85, SLOWED, TAKEN and BARE for any number of ranks, the same MFU for larger shapes, no congestion, and
+ranks that are level: one that is ahead waits, and what it exchanges meanwhile has no compute beside it, which costs no time but is most of what two
+H200s of one host expose with 262,144 tokens a GPU. Where tokens a GPU are few, MFU is not what was measured with many.
 """
 import argparse
 import dataclasses
 import math
 
-from weak_scaling_inputs import (BARE, COPIES_US, GATHER_US, H100, H200_COPY, HOP_BETWEEN, HOP_INSIDE, LINK, LINK_SHARE, MEASURED, MEMORY_GIB, NCCL_GIB, NODE,
+from weak_scaling_inputs import (ADAMW, BARE, CAST, COPIES_US, GATHER_US, H100, H200_COPY, HOP_BETWEEN, HOP_INSIDE, LINK, LINK_SHARE, MEASURED, MEMORY_GIB, NCCL_GIB, NODE, NORM,
                                  OTHER_GIB, PEAK, SCATTER_US, SHAPES, SLOWED, TAKEN, Device, Shape)
 
 
@@ -248,7 +249,7 @@ def sharding_kernels(s):
 
 def per_step_kernels(s):
     held = s.shape.parameters / s.ranks
-    return held * (28 + 4 + 5) / s.device.copy
+    return held * (ADAMW + NORM + CAST) / s.device.copy
 
 
 def micro_batch_flops(shape):
@@ -261,21 +262,22 @@ def step(s):
     f, b = (part * shape.block_flops() * shape.micro_batch / rate for part in (1 / 3, 2 / 3))
     result = Step(compute=k * micro_batch_flops(shape) / rate, kernels=per_step_kernels(s) + sharding_kernels(s))
     unit, edge = unit_times(s, shape.block, s.weight_bytes), unit_times(s, shape.embeddings, 2)  # embeddings are BF16 always
-    result.expose(edge.gather, unit.gather)
+    last = unit.scatter + edge.scatter  # a tied unit is ready last
+    result.expose(unit.gather)
     if s.mode == "full":
         for micro_batch in range(k):
             reduced = unit.scatter + (unit.replicate if micro_batch == k - 1 else Transfer())
             result.beside(unit.gather, f, L - 1 if micro_batch == 0 else L - 2)
             if micro_batch > 0:
-                result.beside(edge.scatter, max(0.0, L * f - (L - 2) * unit.gather.beside))
+                result.beside(last, max(0.0, L * f - (L - 2) * unit.gather.beside))
             result.beside(unit.gather + reduced, b, L - 2)
             result.beside(reduced, b)
-            result.expose(reduced)
     else:
         result.beside(unit.gather, f, L - 1)
         result.beside(unit.scatter + unit.replicate, b, L - 1)
-        result.expose(unit.scatter, unit.replicate)
-    result.expose(edge.scatter, edge.replicate)  # a tied unit is ready last
+    result.beside(last, NORM * shape.parameters / s.ranks / s.device.copy)
+    result.expose(unit.replicate, edge.replicate)
+    result.beside(edge.gather, ADAMW * shape.layers * shape.block / s.ranks / s.device.copy)
     result.bare(BARE * (1 + (k if s.mode == "full" else 1)))
     return result
 
@@ -291,7 +293,7 @@ def memory_gib(s):
     else:
         held = shape.parameters * 4 + bodies * 2 + shape.embeddings * 2
     if ranks > 1:
-        held += max(shape.block, shape.head) * s.gradient_bytes
+        held += (2 * shape.block + shape.embeddings) * s.gradient_bytes
     return (state + held + saved) / 2**30 + OTHER_GIB + (NCCL_GIB if s.gpus > 1 else 0)
 
 
@@ -326,7 +328,7 @@ def measured_communication(m):
     """Seconds of it by the model, and of these exposed."""
     s = measured_setting(m)
     t = step(s)
-    return t.hidden + t.exposed + (sums(s) if m.sums_counted else 0), t.exposed
+    return t.hidden + t.exposed, t.exposed
 
 
 def print_measured():

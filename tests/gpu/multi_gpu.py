@@ -308,9 +308,11 @@ def rows(rehearse, ranks):
     wanted = [*speeds(large, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", many, "alone", "optimizer", "full"),
               *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults, *speeds(large, "bf16", many, "alone", "full"),
               *speeds(large, "tensorwise", many, "none", "gradients"), *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"),
+              *speeds(huge, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"),
+              *speeds(large, "bf16", FEW_TOKENS, "alone", "optimizer", "full", "none", "gradients"), *speeds(huge, "bf16", FEW_TOKENS, "alone", "full"),
+              *speeds(huge, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"),
               *speeds(large, "bf16", many, "optimizer", "none", "gradients"), *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(large, "bf16", FEW_TOKENS, "alone", "full"), *speeds(huge, "bf16", many, "alone", "full", "optimizer")]
+              *speeds(huge, "bf16", many, "alone", "full", "optimizer")]
     return list(dict.fromkeys(wanted))
 
 
