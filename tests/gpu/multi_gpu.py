@@ -84,6 +84,8 @@ def figure_of(row):
         return figure
     if row["share_of_one_gpu"] is not None:
         figure += f", {row['share_of_one_gpu']:.1%} of one GPU's"
+    elif row["share_of_one_gpu_in_an_earlier_call"] is not None:
+        figure += f", {row['share_of_one_gpu_in_an_earlier_call']:.1%} of one GPU's in an earlier call"
     figure += f", {row['gathered_bytes'] / 2**20:.1f} MiB gathered (a captured call counts once)"
     if row["communication_ms"]:
         figure += f", {row['communication_ms']:.1f} ms of communication, {row['exposed_ms']:.1f} ms ({row['exposed_share']:.0%}) exposed"
@@ -107,7 +109,7 @@ class Speed:
 
     def seconds(self):
         rate = {"gpt2-124M": 600e3, "gpt2-1558M": 60e3, "gpt2-3B": 30e3}.get(self.model, 1e6)
-        start = {"gpt2-124M": 10, "gpt2-1558M": 18, "gpt2-3B": 35}.get(self.model, 5)
+        start = {"gpt2-124M": 10, "gpt2-1558M": 18, "gpt2-3B": 28}.get(self.model, 5)
         return start + (WARM_UP + sum(self.steps())) * self.tokens / rate
 
     def steps(self):
@@ -131,9 +133,11 @@ class Speed:
         if self.mode == "alone":
             runs.alone[self.model, self.recipe, self.tokens] = tokens / step_s
         alone = runs.alone.get((self.model, self.recipe, self.tokens))
+        earlier = None if alone else report.rate_of(dataclasses.replace(self, mode="alone").name)
         row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": self.shard, "seq_len": context, "micro_batch": micro_batch,
                "tokens_per_step": tokens * ranks, "tokens_per_s": round(tokens * ranks / step_s), "ms_per_step": round(step_s * 1e3, 3),
-               "share_of_one_gpu": round(tokens / step_s / alone, 4) if alone else None, "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0),
+               "share_of_one_gpu": round(tokens / step_s / alone, 4) if alone else None,
+               "share_of_one_gpu_in_an_earlier_call": round(tokens / step_s / earlier, 4) if earlier else None, "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0),
                "gathered_bytes": gathered_bytes(out), **communication(out), "command": records(out, "run")[0]["command"].replace(f"{runs.folder}/", "")}
         failed = self.failures(row, runs.a.rehearse)
         report.test(self.name, "fail" if failed else "pass", "; ".join([figure_of(row), *failed]), row)
@@ -306,12 +310,12 @@ def rows(rehearse, ranks):
         return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
                 Gathered("full"), Gathered("gradients"), *faults, *losses]
     wanted = [*speeds(large, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", many, "alone", "optimizer", "full"),
-              *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults, *speeds(large, "bf16", many, "alone", "full"),
-              *speeds(large, "tensorwise", many, "none", "gradients"), *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(huge, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"),
-              *speeds(large, "bf16", FEW_TOKENS, "alone", "optimizer", "full", "none", "gradients"), *speeds(huge, "bf16", FEW_TOKENS, "alone", "full"),
-              *speeds(huge, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"),
-              *speeds(large, "bf16", many, "optimizer", "none", "gradients"), *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
+              *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults, *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(huge, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "bf16", FEW_TOKENS, "alone", "optimizer", "full"),
+              *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
+              *speeds(large, "bf16", FEW_TOKENS, "none", "gradients"), *speeds(huge, "tensorwise", FEW_TOKENS, "none", "gradients"),
+              *speeds(huge, "bf16", FEW_TOKENS, "alone", "full", "optimizer"), *speeds(large, "tensorwise", many, "none", "gradients"),
+              *speeds(large, "bf16", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"),
               *speeds(huge, "bf16", many, "alone", "full", "optimizer")]
     return list(dict.fromkeys(wanted))
 
@@ -343,16 +347,17 @@ def main():
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--earlier", type=pathlib.Path, metavar="FILE", help="results of an earlier call, to which this one's are added")
+    parser.add_argument("--missing", action="store_true", help="only rows of which --earlier has no result")
     a = parser.parse_args()
     a.timeout = a.timeout or (5 if a.rehearse else 20)
-    chosen = [row for row in rows(a.rehearse, a.ranks) if not a.only or any(part in row.name for part in a.only)]
+    start, report = time.monotonic(), Report(a.json, a.earlier)
+    chosen = [row for row in rows(a.rehearse, a.ranks) if (not a.only or any(part in row.name for part in a.only)) and not (a.missing and report.has(row.name))]
     if a.list:
         print("\n".join(f"{row.seconds():5.0f} s  {row.name}" for row in chosen))
         return 0
     if not a.rehearse and len(gpu_memory_mib()) < a.ranks:
         print(f"multi_gpu: skipped: needs {a.ranks} GPUs")
         return NO_GPUS
-    start, report = time.monotonic(), Report(a.json, a.earlier)
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(a, pathlib.Path(folder))
         for row in chosen:

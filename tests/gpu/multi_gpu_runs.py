@@ -31,7 +31,7 @@ class Report:
         self.path, self.tests, self.bench = path, old["tests"], old["bench"]
 
     def test(self, name, status, figure, row=None):
-        if status == "skip" and any(test["name"] == name and test["status"] != "skip" for test in self.tests):
+        if status == "skip" and self.has(name):
             return print(f"keeps {name}", flush=True)
         self.tests = [test for test in self.tests if test["name"] != name] + [{"name": name, "status": status, "figure": figure}]
         if row:
@@ -40,6 +40,12 @@ class Report:
         if self.path:
             self.path.write_text(json.dumps({"tests": self.tests, "bench": self.bench}, indent=1) + "\n")
         return None
+
+    def has(self, name):
+        return any(test["name"] == name and test["status"] != "skip" for test in self.tests)
+
+    def rate_of(self, name):
+        return next((row["tokens_per_s"] for row in self.bench if row["name"] == name), None)
 
     def count(self, status):
         return sum(test["status"] == status for test in self.tests)
