@@ -156,8 +156,8 @@ shards/cuda_headers/meta.json: | data/prepare
 
 RUN_GPU := --model gpt2-124M --vocab-size 257 --seq-len 1024 --micro-batch 32 --global-batch-tokens 131072 --steps 150 \
            --lr 6e-4 --warmup-steps 20 --eval-every 50 --recipe tensorwise
-RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 1000 --lr 3e-3 \
-           --eval-every 200 --eval-tokens 65536 --recipe tensorwise --log-every 25
+RUN_CPU := --model tiny --device cpu --micro-batch 16 --global-batch-tokens 4096 --steps 400 --lr 3e-3 \
+           --eval-every 100 --eval-tokens 65536 --recipe tensorwise --log-every 25
 .PHONY: run
 run: all shards/cuda_headers/meta.json
 	./train_gpt_fp8 --train shards/cuda_headers --val shards/cuda_headers $(if $(HAS_GPU),$(RUN_GPU),$(RUN_CPU)) $(ARGS)

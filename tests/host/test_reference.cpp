@@ -11,6 +11,8 @@
 
 #include "tests/host/golden_file.h"
 #include "trainer/engine.h"
+#include "trainer/reference/adamw.h"
+#include "trainer/reference/linear.h"
 #include "trainer/reference/matmul.h"
 #include "trainer/reference/ops.h"
 
@@ -388,6 +390,40 @@ TEST_P(EveryRecipe, NonFiniteStepIsSkippedAndCounted) {
         EXPECT_EQ(next.steps[0].skipped_steps, 1);
         EXPECT_EQ(next.steps[0].adam_t, 2);
         EXPECT_EQ(next.state.params, train(o, 2).state.params);
+    }
+}
+
+// Each of norm, loss and flag alone is enough.
+TEST(Reference, AnyValueThatIsNotFiniteSkips) {
+    const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    struct Case {
+        float norm, loss;
+        uint32_t flag;
+    };
+    for (const Case& c : {Case{inf, 1, 0}, {nan, 1, 0}, {1, inf, 0}, {1, -inf, 0}, {1, nan, 0}, {1, 1, 1}, {1, 1, 0}}) {
+        StepState state{};
+        state.in.loss_limit = state.in.grad_norm_limit = inf;
+        state.loss_sum = c.loss;
+        state.nonfinite = c.flag;
+        reference::optimizer_prepare({.max_grad_norm = 1}, c.norm, state);
+        const bool good = c.norm == 1 && c.loss == 1 && c.flag == 0;
+        EXPECT_EQ(state.skip_update != 0, !good) << c.norm << ' ' << c.loss << ' ' << c.flag;
+        EXPECT_EQ(state.nonfinite != 0, !good) << c.norm << ' ' << c.loss << ' ' << c.flag;
+        EXPECT_EQ(state.skipped_steps, good ? 0 : 1);
+    }
+}
+
+// A GEMM's output may hide what its input was: FP8 codes saturate.
+TEST(Reference, AnOperandThatIsNotFiniteRaisesTheFlag) {
+    reference::Linear linear(find_recipe("tensorwise"), 16, 16);
+    const std::vector<float> weight(256, 0.5f), bias(16, 0.0f);
+    std::vector<float> x(256, 1.0f), y(256);
+    linear.use(weight.data(), 1.0f, bias.data());
+    for (const float bad : {1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+        x[37] = bad;
+        uint32_t nonfinite = 0;
+        linear.forward(x.data(), y.data(), 16, &nonfinite);
+        EXPECT_EQ(nonfinite != 0, bad != 1.0f) << bad;
     }
 }
 
