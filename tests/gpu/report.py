@@ -204,11 +204,21 @@ def cublaslt_version():
     return "unknown"
 
 
+def nccl_version():
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except OSError:
+        return None
+    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
+
+
 def machine():
     device, _, driver = output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0").partition(", ")
     nvcc = output_of(os.environ.get("CUDA", "/usr/local/cuda") + "/bin/nvcc", "--version")
     release = re.search(r"release ([\d.]+), V([\d.]+)", nvcc)
-    return {"device": device, "driver": driver, "cuda": release[2] if release else "unknown", "cublaslt": cublaslt_version(), "nccl": None}
+    return {"device": device, "driver": driver, "cuda": release[2] if release else "unknown", "cublaslt": cublaslt_version(), "nccl": nccl_version()}
 
 
 def relative_command(command):
@@ -286,9 +296,11 @@ def check(chosen):
     outdated = 0
     for entry in chosen:
         reason = staleness(entry)
-        failed = [] if reason else failures(entry, json.loads(entry.path.read_text()))
+        report = None if reason else json.loads(entry.path.read_text())
+        failed = failures(entry, report) if report else []
+        skipped = sum(test["status"] == "skip" for test in report["tests"]) if report else 0
         outdated += bool(reason or failed)
-        print(f"{entry.name}: {reason or ('FAILED: ' + ', '.join(failed[:5]) if failed else 'up to date')}")
+        print(f"{entry.name}: {reason or ('FAILED: ' + ', '.join(failed[:5]) if failed else 'up to date')}" + (f" ({skipped} not run)" if skipped else ""))
     known = {entry.path.name for entry in entries().values()}
     for path in sorted(FOLDER.glob("*.json")):
         if path.name not in known:
