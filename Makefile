@@ -180,6 +180,7 @@ layers:
 # make plot RUNS="runs/a runs/b" [PNG=runs.png]
 PNG ?= runs.png
 plot:
+	@test -n "$(RUNS)" || { echo 'make plot: RUNS is missing: make plot RUNS="runs/a runs/b"' >&2; exit 2; }
 	@$(PYTHON) dev/plot.py --out $(PNG) $(RUNS)
 # The attention path of every GPU compiles for the oldest, the FP8-capable older one, Hopper and the newest.
 attention-archs:
