@@ -1,6 +1,7 @@
 """Tests of the tool that writes tests/gpu_report: its parts, perf floors."""
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,58 @@ def test_every_report_has_its_makers():
     known = {entry.path.name for entry in report.entries().values()}
     assert {path.name for path in report.FOLDER.glob("*.json")} <= known, known
     assert {"sharding", "collectives", "attention", "ptx"} <= set(sanitize.programs()) and set(sanitize.programs()) <= set(report.entries())
+
+
+def readme_rows(header):
+    """Cells of the table in README whose header begins so."""
+    lines = (ROOT / "README.md").read_text().split(header, 1)[1].splitlines()[2:]
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def report_of(name):
+    return json.loads((report.FOLDER / f"{name}.json").read_text())
+
+
+def thousands(rate):
+    return f"{rate / 1e3:.0f}k" if rate >= 1e5 else f"{rate / 1e3:.1f}k"
+
+
+def test_readme_has_the_training_rows_of_the_report():
+    made = report_of("train")
+    column = {"NVIDIA H100 80GB HBM3": 1, "NVIDIA H200": 2}[made["device"]]
+    rows = readme_rows("| T=1024, `build/sm_90a/dev/profile ...` |")
+    ours = [row for row in made["bench"] if "dev/profile" in row["command"]]
+    assert len(rows) == len(ours) >= 7, f"{len(rows)} rows in README, {len(ours)} in the report"
+    for cells, row in zip(rows, ours):
+        assert all(f"--{option}" in cells[0] for option in ("deterministic", "attention mma", "attention cudnn") if f"--{option}" in row["command"]), f"{cells} and {row}"
+        expected = [thousands(row["tokens_per_s"]), f"{row['ms_per_step']:.0f}", f"{100 * row['mfu']:.1f} %", f"{100 * row['sol']:.1f} %", f"{row['memory_gib']:.1f} GiB"]
+        assert [cells[column], *cells[3:]] == expected, f"README has {cells}, the report {expected}"
+
+
+def test_readme_has_the_sharded_rows_of_the_report():
+    by_name = {row["name"]: row for row in report_of("multi_gpu")["bench"]}
+    rows = readme_rows("| tokens a GPU and step | mode |")
+    assert len(rows) >= 6, rows
+    for tokens, mode, rate, share, communication, exposed, memory in rows:
+        tokens, mode = int(tokens.replace(",", "")), "alone" if mode == "one GPU" else mode.strip("`")
+        row = by_name[f"speed gpt2-1558M tensorwise {mode}, {tokens} tokens a GPU and step"]
+        expected = [f"{row['tokens_per_s'] / row['gpus']:,.0f}", "", "", "", f"{row['memory_gib']:.1f} GiB"]
+        if mode != "alone":
+            expected[1:4] = [f"{row['share_of_one_gpu']:.1%}".replace("%", " %"), f"{row['communication_ms']:.1f} ms of {row['ms_per_step']:.0f}", f"{row['exposed_ms']:.1f} ms"]
+        assert [rate, share, communication, exposed, memory] == expected, f"README has {[rate, share, communication, exposed, memory]}, the report {expected}"
+
+
+def test_readme_has_the_losses_and_checks_of_the_report():
+    text = (ROOT / "README.md").read_text()
+    for what, figures in (("learning", [t["figure"] for t in report_of("learning")["tests"] if "final validation losses" in t["name"]]),
+                          ("sharding", [f"{sum(t['status'] == 'pass' for t in report_of('sharding')['tests']):,}"])):
+        numbers = re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(figures).replace("bf16", ""))
+        assert numbers and all(number in text for number in numbers), f"{what}: README lacks one of {numbers}"
 
 
 def test_the_floors_are_of_reports_that_exist():
