@@ -117,7 +117,7 @@ def entries():
     found.append(Entry("program", [(BENCHMARKS, python_test("program.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/program.py"]))
     found.append(Entry("saving", [(BENCHMARKS, python_test("saving.py"))], ["train_gpt_fp8"] + library, ["tests/gpu/saving.py"]))
     checked = sorted({name for entry in found if str(BUILD / "dev" / entry.name) in entry.commands[0][1] for name in entry.objects})
-    found.append(Entry("sanitizer", [(CHECKS, python_test("sanitize.py"))], checked, ["tests/gpu/sanitize.py"], long=True))
+    found.append(Entry("sanitizer", [(CHECKS, python_test("sanitize.py", *os.environ.get("SANITIZE_OPTIONS", "").split()))], checked, ["tests/gpu/sanitize.py"], long=True))
     built = os.environ.get("MUTANTS_BUILT")  # folder of `tests/mutants.py --build-only`, for a machine that should not compile
     mutants = [sys.executable, str(ROOT / "tests/mutants.py"), *(["--run-built", built] if built else [])]
     found.append(Entry("mutants", [(CHECKS, mutants)], checked, ["tests/mutants.py"], long=True))

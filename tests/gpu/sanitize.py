@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """compute-sanitizer over the checks of every dev program, in their small mode, which keeps the odd shapes.
 
-    sanitize.py [--json FILE] [--jobs N] [PROGRAM...]
+    sanitize.py [--json FILE] [--jobs N] [--seconds N] [PROGRAM...]
 
-Many run at a time, spread over the machine's GPUs, the longest first. One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps,
-cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
+Many run at a time, spread over the machine's GPUs, the longest first. What has not ended --seconds after the start is a skipped result.
+One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps, cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
 kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
 exclusion is a skipped result with its reason; the program's other kernels are judged. dev/attention runs none of cuDNN's kernels in its small mode.
 """
@@ -28,7 +28,7 @@ LEFT_OUT = {("racecheck", "engines"): "takes many minutes in cuBLASLt's kernels;
 # What a library asks of the driver while it finds out what it can use, which memcheck reports as errors of CUDA's API. Our own calls
 # are all checked, and accesses of memory are reported in any case.
 API_ERRORS = {program: "NCCL asks for kernels that it has for other GPUs only" for program in ("collectives", "sharding")}
-SLOWEST = ("engines", "attention", "layernorm", "embedding", "gemm", "quantize")
+SLOWEST = ("sharding", "collectives", "engines", "attention", "layernorm", "embedding", "gemm", "quantize")
 OTHER_TOOLS = "; memcheck, initcheck and synccheck cover these kernels"
 # (tool, program): the part of mangled kernel names that the tool is told to leave out, which may be that of a file, and of
 # each file or kernel that has it, why the tool cannot judge it. without_reason() sees to it that nothing else hides behind the part.
@@ -61,7 +61,7 @@ def without_reason():
     return sorted(found)
 
 
-def run(tool, program, gpu):
+def run(tool, program, gpu, ends):
     name = f"sanitizer: {tool} {program}"
     if (tool, program) in LEFT_OUT:
         return {"name": name, "status": "skip", "figure": LEFT_OUT[tool, program]}
@@ -70,9 +70,14 @@ def run(tool, program, gpu):
     if program in API_ERRORS and tool == "memcheck":
         excluded += ["--report-api-errors", "no"]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *excluded, str(BUILD / "dev" / program), "check", "--small"]
+    left_s = ends - time.monotonic()
+    if left_s <= 0:
+        return {"name": name, "status": "skip", "figure": "had no time left to begin"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=min(TIMEOUT_S, left_s), env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
     except subprocess.TimeoutExpired:
+        if left_s < TIMEOUT_S:
+            return {"name": name, "status": "skip", "figure": f"not finished after {left_s:.0f} s, when the time of all was over"}
         return {"name": name, "status": "fail", "figure": f"not finished after {TIMEOUT_S} s"}
     output = done.stdout + done.stderr
     summary = SUMMARY.findall(output)
@@ -90,7 +95,9 @@ def main():
     parser.add_argument("programs", nargs="*")
     parser.add_argument("--json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all")
     arguments = parser.parse_args()
+    ends = time.monotonic() + arguments.seconds
     gpus = len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()) if shutil.which("nvidia-smi") else 0
     if gpus == 0:
         print("sanitize: skipped: no GPU")
@@ -98,7 +105,7 @@ def main():
     chosen = sorted(arguments.programs or programs(), key=lambda program: (SLOWEST + (program,)).index(program))
     work = sorted(((tool, program) for program in chosen for tool in TOOLS), key=lambda item: item != ("racecheck", "attention"))
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        tests = list(pool.map(lambda turn: run(*turn[1], turn[0] % gpus), enumerate(work)))
+        tests = list(pool.map(lambda turn: run(*turn[1], turn[0] % gpus, ends), enumerate(work)))
     tests += [{"name": f"sanitizer: {tool} {program}, {'kernels of ' if name.endswith('.cu') else ''}{name}", "status": "skip", "figure": reason}
               for (tool, program), (_, reasons) in EXCLUDED.items() if (tool, program) in work for name, reason in reasons.items()]
     tests += [{"name": f"sanitizer: {name}", "status": "fail", "figure": "is excluded from a tool without a reason, or has a reason and is not there"}
