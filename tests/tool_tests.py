@@ -143,9 +143,11 @@ def models_weak_scaling():
             assert abs(line * 1e6 / us - 1) < 0.35, f"the line misses {us} us of {mib} MiB"
     for m in model.MEASURED:
         modelled, measured = model.efficiency(model.measured_setting(m)), m.rate / m.alone
-        assert abs(modelled - measured) < 0.02, f"{m}: {modelled:.3f} of one GPU instead of {measured:.3f}"  # one binary's runs differ by so much
+        assert abs(modelled - measured) < 0.016, f"{m}: {modelled:.3f} of one GPU instead of {measured:.3f}"  # no better fit: dev/LOG.md
         communication, exposed = (1e3 * x for x in model.measured_communication(m))
-        assert abs(communication / m.communication_ms - 1) < 0.08 and (m.tokens > 8192 or abs(exposed / m.exposed_ms - 1) < 0.15), f"{m}: {communication:.1f} ms, {exposed:.1f} exposed"
+        assert abs(communication / m.communication_ms - 1) < 0.08, f"{m}: {communication:.1f} ms"
+        # With many tokens the faster rank also waits, which the model does not have.
+        assert exposed < m.exposed_ms if m.tokens > 8192 else abs(exposed / m.exposed_ms - 1) < 0.1, f"{m}: {exposed:.1f} exposed"
 
     def setting(name, gpus, mode, **more):
         return model.Setting(shape[name], gpus, mode, **more)
