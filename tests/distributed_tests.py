@@ -240,12 +240,26 @@ def test_bad_option_is_one_line():
         assert "--replicate 2" in own_errors(done.stderr)[0], done.stderr
 
 
+def store_of_torchrun():
+    """Listens where the next port is free, too: below those that the system gives to connections, one of which may have it."""
+    for port in range(20000 + os.getpid() % 10000, 32000, 2):
+        store, following = socket.socket(), socket.socket()
+        try:
+            following.bind(("127.0.0.1", port + 1))
+            store.bind(("127.0.0.1", port))
+            store.listen()
+            return store
+        except OSError:
+            store.close()
+        finally:
+            following.close()
+    raise Skipped("no two ports in a row are free")
+
+
 @contextlib.contextmanager
 def as_torchrun(size, present, command):
     """Those ranks of a job of that size, without MPI; MASTER_PORT is taken by somebody else, as it is by torchrun's store."""
-    with socket.socket() as store:
-        store.bind(("127.0.0.1", 0))
-        store.listen()
+    with store_of_torchrun() as store:
         variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
         processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                       env=environment(RANK=str(r), LOCAL_RANK=str(r), **variables)) for r in present]
