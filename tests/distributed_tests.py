@@ -182,11 +182,12 @@ def test_fault_killed_rank():
 
 
 def test_fault_stopped_rank():
-    with Scratch() as scratch:
-        out = scratch / "run"
-        with running(3, out, "--timeout", "3") as process:
-            os.kill(ranks_of(out)[1], signal.SIGSTOP)
-            expect_end(process, out, 15, "rank 1 (", "no sign of life for 3 s")
+    for victim in (0, 1, 2):
+        with Scratch() as scratch:
+            out = scratch / "run"
+            with running(3, out, "--timeout", "3") as process:
+                os.kill(ranks_of(out)[victim], signal.SIGSTOP)
+                expect_end(process, out, 15, f"rank {victim} (", "no sign of life for 3 s")
 
 
 def test_fault_mismatched_option():

@@ -35,6 +35,7 @@ struct Watch::Seen {
 namespace {
 constexpr double kTick = 0.1;  // s
 constexpr double kPatienceAfterFailure = 5;
+constexpr double kTimeToName = 2;  // longer than signs of life are apart, by which ranks notice at different times
 
 void copy_text(char (&to)[1008], const std::string& text) {
     const size_t n = std::min(text.size(), sizeof to - 1);
@@ -105,10 +106,12 @@ void Watch::watch_all() {
         send_signs_of_life();
         for (size_t i = 0; i < peers_.size(); ++i) entries[i] = {peers_[i].gone ? -1 : peers_[i].peer.connection.file(), POLLIN, 0};
         poll(entries.data(), entries.size(), int(kTick * 1000));
+        if (seconds_since(woke) > std::max(1.0, timeout_s_ / 4)) {  // this process was stopped itself: what it did not hear proves nothing
+            overslept_ = Clock::now();
+            for (Seen& seen : peers_) seen.heard = seen.changed = Clock::now();
+        }
         for (size_t i = 0; i < peers_.size(); ++i)
             if (entries[i].revents) receive(peers_[i]);
-        if (seconds_since(woke) > std::max(1.0, timeout_s_ / 4))  // this process was stopped itself: what it did not hear proves nothing
-            for (Seen& seen : peers_) seen.heard = seen.changed = Clock::now();
         woke = Clock::now();
         for (const Seen& seen : peers_) check_silence(seen);
         if (rank_ == 0) check_progress();
@@ -165,9 +168,12 @@ void Watch::check_silence(const Seen& seen) {
         peer_is_gone(seen, message("has given no sign of life for %g s: it is stopped, or its machine or network is gone", timeout_s_));
 }
 
-// Rank 0 names others. What happens to rank 0 the next one names; the rest leave without a word.
+// Rank 0 names others. What happens to rank 0 the next one names; the rest leave without a word, and after it: a launcher ends the
+// job with the first rank that leaves. Whoever wakes to find others gone has been given up by them.
 void Watch::peer_is_gone(const Seen& seen, const std::string& what) {
     if (leaving_) return;
+    if (overslept_ && seconds_since(*overslept_) < kPatienceAfterFailure) end_job("");  // what they said before comes first
+    if (rank_ > 1) std::this_thread::sleep_for(std::chrono::duration<double>(kTimeToName));
     end_job(rank_ <= 1 ? seen.name() + " " + what : "");
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -79,6 +80,7 @@ class Watch {
     std::atomic<const char*> waiting_for_{""};
     std::mutex failure_lock_;
     std::string failure_;  // of this rank, to be reported
+    std::optional<Clock::time_point> overslept_;  // when the watching thread went on after a long stop
     std::atomic<bool> failed_{false};
 
     std::thread thread_;
