@@ -12,13 +12,15 @@ from program_runs import ROOT, SHARDS, TINY, Running, Scratch, SmallDisk, checkp
 
 
 def test_interrupt_saves():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number, times in ((signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2), (signal.SIGINT, 3)):  # timeout signals twice
         with Scratch() as out:
             process = subprocess.Popen([str(program()), *TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run")], cwd=ROOT,
                                        stdout=subprocess.PIPE, text=True)
             for line in process.stdout:
                 if line.startswith("step 3/"):
-                    process.send_signal(number)
+                    for _ in range(times):
+                        process.send_signal(number)
+                        time.sleep(0.02)
                     break
             process.communicate(timeout=120)
             assert process.returncode == 0, f"{number.name}: exit status {process.returncode}"

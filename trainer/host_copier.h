@@ -32,10 +32,11 @@ class HostCopier {
     // the system allows no more pinned memory: then none of them is. The pages should have been touched: faster, by far.
     //
     // While memory is being pinned, every other call of the process waits, also those that launch a step's work. So it is done in
-    // pieces of kPinnedBytes, about 2 ms each, with a rest as long as the piece took: a call waits for one piece at most.
+    // pieces of kPinnedBytes, about 18 ms each, with a rest as long as the piece took: a call waits for one piece at most.
+    // Smaller ones (32 MiB) hardly advance beside running steps: each waits for a launch to end.
     std::shared_ptr<void> pin(const std::vector<std::span<float>>& arrays);
 
-    static constexpr size_t kPinnedBytes = size_t(32) << 20;
+    static constexpr size_t kPinnedBytes = size_t(256) << 20;
     static constexpr size_t kBufferBytes = size_t(16) << 20;
 
   private:

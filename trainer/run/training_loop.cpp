@@ -18,10 +18,18 @@ constexpr int kMostSkippedInARow = 100;  // by then it is not one bad batch
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-volatile std::sig_atomic_t stop_requested = 0;  // a signal handler can reach nothing else
+constexpr double kOneRequest = 1;  // s: timeout signals the process and its group, a terminal its group, a launcher its ranks
+// A signal handler can reach nothing else.
+volatile std::sig_atomic_t stop_requested = 0;
+double first_request_s = 0;
 void request_stop(int signal) {
-    stop_requested = 1;
-    std::signal(signal, SIG_DFL);
+    if (stop_requested == 0) {
+        first_request_s = now_s();
+        stop_requested = 1;
+    } else if (now_s() - first_request_s > kOneRequest) {
+        std::signal(signal, SIG_DFL);
+        std::raise(signal);
+    }
 }
 
 }  // namespace
