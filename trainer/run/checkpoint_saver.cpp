@@ -14,16 +14,22 @@ double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock:
 CheckpointSaver::CheckpointSaver(const Options& options, Engine& engine, const ParameterList& list, TrainState&& scratch, World& world, const Held& held)
     : options_(options), engine_(engine), list_(list), world_(world), held_(held), state_(std::move(scratch)) {
     if (!options_.in_background) return;
-    prepared_ = std::async(std::launch::async, [this] { prepare(); });
+    touched_ = std::async(std::launch::async, [this] { touch(); }).share();
+    pinning_ = std::async(std::launch::async, [this, touched = touched_] { pin(touched); });
 }
 
 // The first touch of gigabytes takes longer than their copy (1.8 GB/s a thread): not while a step waits for it.
-void CheckpointSaver::prepare() {
+void CheckpointSaver::touch() {
     std::vector<std::future<void>> touched;
     for (std::vector<float>* flat : {&state_.params, &state_.m, &state_.v})
         touched.push_back(std::async(std::launch::async, [this, flat] { flat->resize(size_t(held_.elements)); }));
     for (std::future<void>& array : touched) array.get();
+}
+
+// Takes seconds beside running steps. A snapshot does not wait for it: what is not pinned yet is copied through small buffers.
+void CheckpointSaver::pin(const std::shared_future<void>& touched) {
     try {
+        touched.get();
         pinned_ = engine_.pin(state_);
     } catch (const Error& error) {  // of all ranks, in all likelihood
         if (world_.rank() == 0) std::fprintf(stderr, "note: checkpoints are copied through small buffers, slower: the host's memory for them cannot be pinned (%s)\n", error.what());
@@ -33,7 +39,7 @@ void CheckpointSaver::prepare() {
 void CheckpointSaver::snapshot(int64_t steps_done) {
     REQUIRE(!running_.valid() && snapshot_step_ < 0, "checkpoint of step %lld: the one before it is not finished", (long long)steps_done);
     start_s_ = now_s();
-    if (prepared_.valid()) prepared_.get();
+    if (touched_.valid()) touched_.get();
     if (const double waited = now_s() - start_s_; waited > kWorthANote && world_.rank() == 0)
         std::fprintf(stderr, "note: the checkpoint of step %lld waited %.1f s for its memory on the host, which is made ready beside the first steps\n",
                      (long long)steps_done, waited);

@@ -46,7 +46,8 @@ class CheckpointSaver {
     Outcome wait();                     // there must be one
 
   private:
-    void prepare();
+    void touch();
+    void pin(const std::shared_future<void>& touched);
     Outcome save(const CheckpointInfo& info);
     void begin_together();
     Outcome save_part();
@@ -62,7 +63,8 @@ class CheckpointSaver {
     std::shared_ptr<void> pinned_;  // Engine::pin's, of state_
     CheckpointInfo info_;   // of the checkpoint that several ranks are writing
     WrittenPart part_;      // of it, written here
-    std::future<void> prepared_;
+    std::shared_future<void> touched_;
+    std::future<void> pinning_;
     std::shared_future<void> copied_;
     double start_s_ = 0;
     int64_t snapshot_step_ = -1;
