@@ -238,7 +238,7 @@ class Fault:
         return f"fault: {self.kind}"
 
     def seconds(self):
-        return {"kill of a rank": 12, "stop of a rank": 32, "another option": 10, "missing rank": 30}[self.kind]
+        return {"kill of a rank": 12, "stop of a rank": 32, "stop of rank 0": 32, "another option": 10, "missing rank": 30}[self.kind]
 
     def run(self, report, runs):
         seconds, status, errors, words, outs = getattr(self, self.kind.replace(" ", "_"))(runs)
@@ -261,24 +261,27 @@ class Fault:
         return [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks,
                 "--timeout", runs.a.timeout]
 
-    def signalled(self, runs, number, *words):
+    def signalled(self, runs, victim, number, *words):
         out, process = self.endless(runs)
         try:
-            os.kill(ranks_of(out)[1], number)
+            os.kill(ranks_of(out)[victim], number)
             start = time.monotonic()
             _, errors = process.communicate(timeout=runs.a.timeout + 60)
             seconds = time.monotonic() - start
             time.sleep(0.5)
-            return seconds, process.returncode, errors, ("rank 1 (", *words), [out]
+            return seconds, process.returncode, errors, (f"rank {victim} (", *words), [out]
         finally:
             if process.poll() is None:
                 runs.end(out, process)
 
     def kill_of_a_rank(self, runs):
-        return self.signalled(runs, signal.SIGKILL, "died")
+        return self.signalled(runs, 1, signal.SIGKILL, "died")
 
     def stop_of_a_rank(self, runs):
-        return self.signalled(runs, signal.SIGSTOP, "no sign of life")
+        return self.signalled(runs, 1, signal.SIGSTOP, "no sign of life")
+
+    def stop_of_rank_0(self, runs):  # which names all others
+        return self.signalled(runs, 0, signal.SIGSTOP, "no sign of life")
 
     def another_option(self, runs):
         out, command = runs.command(1, *self.model(runs), "--steps", 2)
@@ -304,7 +307,7 @@ def rows(rehearse, ranks):
 
     def speeds(model, recipe, tokens, *modes):
         return [Speed(model, recipe, mode, tokens) for mode in modes]
-    faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "another option", "missing rank")]
+    faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "stop of rank 0", "another option", "missing rank")]
     losses = [Losses(recipe, mode) for recipe in ("tensorwise", "bf16") for mode in ("full", "none")]
     if rehearse:
         return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
