@@ -33,7 +33,7 @@
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr double kCrashedRunIsGone_s = 10;  // whose pinned memory takes seconds to be given back
+constexpr double kCrashedRunIsGone_s = 10;  // whose memory takes seconds to be given back
 
 void train_on(const Parallel& parallel, const Config& config, World& world, const RunRecord& record, Clock::time_point program_start) {
     const ParameterList list = make_parameters(config.model_spec(), parallel.group->size());

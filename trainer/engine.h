@@ -62,9 +62,6 @@ class Engine {
     // steps can be enqueued meanwhile: the one that would change the state waits. `into` must stay until the future is ready.
     virtual std::shared_future<void> snapshot(TrainState& into) = 0;
     void save(TrainState& state) { snapshot(state).get(); }
-    // Makes snapshots into the arrays of `into` fast, as long as what is returned lives; they must have their size, and keep
-    // it. Takes seconds for gigabytes, and may run beside steps. Null where it makes no difference; throws where it can't.
-    virtual std::shared_ptr<void> pin(TrainState& /*into*/) { return nullptr; }
 
     // One optimizer step on this rank's micro_batches_per_step * micro_batch sequences of seq_len tokens. A negative target
     // is masked. Only enqueues the work on a GPU: call collect() once for every enqueued step, in order, at most two behind.

@@ -17,7 +17,6 @@ class GpuEngine final : public Engine {
 
     void load(const TrainState& state) override;
     std::shared_future<void> snapshot(TrainState& into) override;
-    std::shared_ptr<void> pin(TrainState& into) override { return snapshot_.pin({into.params, into.m, into.v}); }
     void enqueue_step(const StepInputs& in, std::span<const int> inputs, std::span<const int> targets) override;
     StepResult collect() override;
     int steps_ahead() const override { return 1; }

@@ -1,11 +1,7 @@
 #include "trainer/host_copier.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cstdint>
 #include <cstring>
-#include <iterator>
-#include <thread>
 
 #include "kernels/common/cuda_check.h"
 
@@ -13,7 +9,6 @@ HostCopier::HostCopier() {
     CUDA_CHECK(cudaGetDevice(&device_));
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     CUDA_CHECK(cudaEventCreateWithFlags(&begin_, cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&direct_, cudaEventDisableTiming | cudaEventBlockingSync));
     for (auto& of_thread : buffers_)
         for (Buffer& buffer : of_thread) {
             CUDA_CHECK(cudaMallocHost(reinterpret_cast<void**>(&buffer.memory), kBufferBytes));
@@ -29,13 +24,26 @@ HostCopier::~HostCopier() {
             cudaEventDestroy(buffer.filled);
         }
     cudaEventDestroy(begin_);
-    cudaEventDestroy(direct_);
     cudaStreamDestroy(stream_);
 }
 
 void HostCopier::wait() const {
     if (running_.valid()) running_.wait();
 }
+
+namespace {
+
+// Of a buffer's size at most.
+std::vector<HostCopier::Range> parts_of(const std::vector<HostCopier::Range>& ranges) {
+    std::vector<HostCopier::Range> parts;
+    for (const HostCopier::Range& range : ranges)
+        for (size_t done = 0; done < range.bytes; done += HostCopier::kBufferBytes)
+            parts.push_back({static_cast<char*>(range.to) + done, static_cast<const char*>(range.from) + done,
+                             std::min(HostCopier::kBufferBytes, range.bytes - done)});
+    return parts;
+}
+
+}  // namespace
 
 std::shared_future<void> HostCopier::start(const std::vector<Range>& ranges, cudaStream_t after) {
     wait();
@@ -45,101 +53,12 @@ std::shared_future<void> HostCopier::start(const std::vector<Range>& ranges, cud
     return running_;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Pinned memory
-
-namespace {
-
-// Cut at addresses that are multiples of the piece: no two pieces share a page.
-std::vector<std::span<char>> pieces_of(std::span<float> array) {
-    std::vector<std::span<char>> pieces;
-    char* at = reinterpret_cast<char*>(array.data());
-    for (size_t left = array.size_bytes(); left > 0;) {
-        const size_t to_boundary = HostCopier::kPinnedBytes - reinterpret_cast<uintptr_t>(at) % HostCopier::kPinnedBytes;
-        pieces.emplace_back(at, std::min(left, to_boundary));
-        at += pieces.back().size(), left -= pieces.back().size();
-    }
-    return pieces;
-}
-
-}  // namespace
-
-std::shared_ptr<void> HostCopier::pin(const std::vector<std::span<float>>& arrays) {
-    CUDA_CHECK(cudaSetDevice(device_));
-    std::shared_ptr<std::vector<char*>> registered(new std::vector<char*>, [this](std::vector<char*>* pieces) {
-        unpin(*pieces);
-        delete pieces;
-    });
-    for (const std::span<float> array : arrays) {
-        if (array.size_bytes() < kBufferBytes) continue;
-        for (const std::span<char> piece : pieces_of(array)) {
-            const auto start = std::chrono::steady_clock::now();
-            pin_piece(piece);
-            registered->push_back(piece.data());
-            std::this_thread::sleep_for(std::chrono::steady_clock::now() - start);
-        }
-    }
-    return registered;
-}
-
-void HostCopier::pin_piece(std::span<char> piece) {
-    CUDA_CHECK(cudaHostRegister(piece.data(), piece.size(), cudaHostRegisterDefault));
-    const std::lock_guard lock(pinned_mutex_);
-    pinned_[piece.data()] = piece.size();
-}
-
-void HostCopier::unpin(const std::vector<char*>& pieces) {
-    wait();
-    for (char* piece : pieces) {
-        {
-            const std::lock_guard lock(pinned_mutex_);
-            pinned_.erase(piece);
-        }
-        cudaHostUnregister(piece);
-    }
-}
-
-HostCopier::Part HostCopier::part_at(const char* memory, size_t bytes) const {
-    const auto next = pinned_.upper_bound(memory);  // the first piece that begins behind it
-    if (next != pinned_.begin())
-        if (const auto& [begin, size] = *std::prev(next); memory < begin + size) return {std::min(bytes, size_t(begin + size - memory)), true};
-    const size_t before_next = next == pinned_.end() ? bytes : std::min(bytes, size_t(next->first - memory));
-    return {std::min(before_next, kBufferBytes), false};
-}
-
-HostCopier::Parts HostCopier::parts_of(const std::vector<Range>& ranges) const {
-    const std::lock_guard lock(pinned_mutex_);
-    Parts parts;
-    for (const Range& range : ranges)
-        for (size_t done = 0; done < range.bytes;) {
-            char* to = static_cast<char*>(range.to) + done;
-            const Part part = part_at(to, range.bytes - done);
-            (part.pinned ? parts.direct : parts.staged).push_back({to, static_cast<const char*>(range.from) + done, part.bytes});
-            done += part.bytes;
-        }
-    return parts;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Copying
-
-void HostCopier::copy(const Parts& parts) {
-    CUDA_CHECK(cudaSetDevice(device_));
-    copy_directly(parts.direct);
+void HostCopier::copy(const std::vector<Range>& parts) {
     std::vector<std::future<void>> others;
     for (int thread = 1; thread < kThreads; ++thread)
-        others.push_back(std::async(std::launch::async, [this, &parts, thread] { copy_every(parts.staged, thread); }));
-    copy_every(parts.staged, 0);
+        others.push_back(std::async(std::launch::async, [this, &parts, thread] { copy_every(parts, thread); }));
+    copy_every(parts, 0);
     for (std::future<void>& other : others) other.get();
-}
-
-void HostCopier::copy_directly(const std::vector<Range>& parts) {
-    for (size_t i = 0; i < parts.size(); ++i) {
-        CUDA_CHECK(cudaMemcpyAsync(parts[i].to, parts[i].from, parts[i].bytes, cudaMemcpyDeviceToHost, stream_));
-        if ((i + 1) % kDirectAtOnce != 0 && i + 1 < parts.size()) continue;
-        CUDA_CHECK(cudaEventRecord(direct_, stream_));
-        CUDA_CHECK(cudaEventSynchronize(direct_));
-    }
 }
 
 // Parts thread, thread + kThreads, ...: the next one is on its way while this one is moved on.

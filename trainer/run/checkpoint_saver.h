@@ -4,16 +4,14 @@
 //   write(...)       once the step's result is known: a thread waits for the copy and writes the files
 //   finished()       what came of it, when it ended
 //
-// There is one copy of the state on the host, so a snapshot waits for the write before it. In the background its memory is
-// touched and pinned beside the first steps, so that a snapshot is as fast as the link; one that comes sooner (an early
-// --checkpoint-every) waits for that, and says so. A save that fails is reported and
-// leaves the checkpoints that are there.
+// There is one copy of the state on the host, so a snapshot waits for the write before it. Its memory is touched beside the first
+// steps, which takes seconds for gigabytes; a snapshot that comes sooner (an early --checkpoint-every) waits for that, and says
+// so. A save that fails is reported and leaves the checkpoints that are there.
 //
 // Several ranks: all call the same functions in the same order. write() and the end are done together (one rank begins the
 // files, all write parts of what they hold in the background, one publishes); a rank's failure is every rank's outcome.
 #pragma once
 #include <future>
-#include <memory>
 #include <optional>
 
 #include "trainer/checkpoint.h"
@@ -47,7 +45,6 @@ class CheckpointSaver {
 
   private:
     void touch();
-    void pin(const std::shared_future<void>& touched);
     Outcome save(const CheckpointInfo& info);
     void begin_together();
     Outcome save_part();
@@ -60,11 +57,9 @@ class CheckpointSaver {
     World& world_;
     const Held& held_;
     TrainState state_;
-    std::shared_ptr<void> pinned_;  // Engine::pin's, of state_
     CheckpointInfo info_;   // of the checkpoint that several ranks are writing
     WrittenPart part_;      // of it, written here
     std::shared_future<void> touched_;
-    std::future<void> pinning_;
     std::shared_future<void> copied_;
     double start_s_ = 0;
     int64_t snapshot_step_ = -1;
