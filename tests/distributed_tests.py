@@ -198,20 +198,73 @@ def test_fault_mismatched_option():
         assert own_errors(done.stderr) == ["error: rank 1 has --seed 5, rank 0 has 1337: start every rank with the same program, options and data"], done.stderr
 
 
+def two_places(first, second, command, others=None):
+    """Our lines of two ranks that read what is named relatively in another folder each; the second may be of another command."""
+    done = subprocess.run([*mpirun(1), "-wdir", str(first), *command, ":", "-np", "1", "-wdir", str(second), *(others or command)], env=environment(),
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0, "it went well"
+    return own_errors(done.stderr)
+
+
+def flip(file, at):
+    """One bit of a byte."""
+    with file.open("r+b") as f:
+        f.seek(at)
+        byte = f.read(1)
+        f.seek(at)
+        f.write(bytes([byte[0] ^ 1]))
+
+
 def test_fault_other_data():
     with Scratch() as out:
-        shards = shutil.copytree(SHARDS, out / "shards")
-        victim = sorted(shards.glob("*train*.bin"))[0]
-        victim.write_bytes(victim.read_bytes()[:-2] + b"\0\0")
-        other = out / "other" / SHARDS.name  # the same option on both ranks, read from another folder
-        other.parent.mkdir()
-        shards.rename(other)
-        command = [str(program()), *SMALL, "--train", SHARDS.name, "--val", "", "--steps", "2", "--out", str(out / "run")]
-        done = subprocess.run([*mpirun(1), "-wdir", str(SHARDS.parent), *command, ":", "-np", "1", "-wdir", str(other.parent), *command], env=environment(),
-                              capture_output=True, text=True, timeout=60)
-        assert done.returncode != 0
-        lines = own_errors(done.stderr)
-        assert len(lines) == 1 and "rank 1 has training data" in lines[0], done.stderr
+        other = shutil.copytree(SHARDS, out / SHARDS.name)
+        for split in ("train", "val"):
+            victim = sorted(other.glob(f"*{split}*.bin"))[0]
+            middle = victim.stat().st_size // 4 * 2
+            flip(victim, middle)
+            command = [str(program()), *SMALL, "--train", SHARDS.name, "--val", SHARDS.name, "--steps", "2", "--out", str(out / "run")]
+            lines = two_places(SHARDS.parent, out, command)
+            what = {"train": "training", "val": "validation"}[split]
+            assert len(lines) == 1 and f"rank 1 has {what} data 1 file of {victim.stat().st_size} bytes, contents " in lines[0], lines
+            flip(victim, middle)
+
+
+def test_fault_other_weights():
+    with Scratch() as out:
+        run = out / "a" / "base"
+        train(1, "--steps", "4", "--checkpoint-every", "0", "--out", str(run))
+        copy = shutil.copytree(run, out / "b" / "base") / "step_000004"
+        command = [str(program()), *SMALL, "--steps", "6", "--out", str(out / "run")]
+        for name, option, says in (("adam.safetensors", "--resume", "checkpoint"), ("params.safetensors", "--init-from", "--init-from")):
+            flip(copy / name, (copy / name).stat().st_size // 2)
+            lines = two_places(out / "a", out / "b", [*command, option, "base"])
+            assert len(lines) == 1 and f"rank 1 has {says} base/step_000004 " in lines[0], lines
+        (copy / "params.safetensors").unlink()
+        lines = two_places(out / "a", out / "b", [*command, "--init-from", "base"])
+        assert len(lines) == 1 and "rank 1: base/step_000004/params.safetensors: cannot open" in lines[0], lines
+
+
+def test_fault_folder_that_is_not_shared():
+    with Scratch() as out:
+        for folder in ("a", "b"):
+            (out / folder).mkdir()
+        command = [str(program()), *SMALL, "--steps", "2", "--timeout", "2", "--out", "run"]
+        for _ in range(2):
+            lines = two_places(out / "a", out / "b", command)
+            assert len(lines) == 1 and "rank 1 (" in lines[0] and "does not see what rank 0 writes in --out run: give a folder" in lines[0], lines
+            assert not list((out / "a").rglob("*seen*"))
+            (out / "b" / "run").mkdir(exist_ok=True)  # then the folder is there, another one
+
+
+def test_fault_other_program():
+    with Scratch() as out:
+        for file in (program(), program().parent / "mpi_plugin.so"):
+            shutil.copy(file, out)
+        with (out / "train_gpt_fp8").open("ab") as file:
+            file.write(b"x")
+        command = [*SMALL, "--steps", "2", "--out", str(out / "run")]
+        lines = two_places(out, out, [str(program()), *command], [str(out / "train_gpt_fp8"), *command])
+        assert len(lines) == 1 and lines[0].startswith("error: rank 1 has program "), lines
 
 
 def test_fault_other_questions():

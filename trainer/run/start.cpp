@@ -1,5 +1,6 @@
 #include "trainer/run/start.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -9,7 +10,9 @@
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_check.h"
+#include "trainer/checkpoint_header.h"
 #include "trainer/gpu_info.h"
+#include "trainer/run/agreement.h"
 #include "trainer/run/micro_batch.h"
 #include "trainer/run/samples.h"
 
@@ -17,6 +20,8 @@ namespace fs = std::filesystem;
 using ll = long long;
 
 namespace {
+
+constexpr double kFolderIsSeen_s = 10;  // a file system over a network is slow to show what is new
 
 // All ranks have a GPU, or none has.
 bool on_gpus(const Config& config, World& world) {
@@ -153,10 +158,17 @@ std::string checked_weights(const Config& config, const DataLoader& train) {
     return path;
 }
 
+std::vector<std::string> weight_files(const std::string& path) {
+    if (fs::is_regular_file(path)) return {path};
+    if (!fs::exists(path + "/" + kInfoFile)) return {path + "/model.safetensors"};
+    return {path + "/" + kInfoFile, path + "/" + kParamsFile};
+}
+
 // Step 0, with no moments and a schedule of its own.
 StartPoint fresh_start(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world) {
     if (config.init_from.empty()) return {initial_state(list, config.model_spec(), config.seed, held), "", "", ""};
     const std::string weights = world.all_texts(world.rank() == 0 ? checked_weights(config, train) : "")[0];
+    require_same_files(world, "--init-from " + weights, weight_files(weights));
     return {{.params = load_params_only(weights, list, held), .m = {}, .v = {}}, "", weights, ""};
 }
 
@@ -175,11 +187,13 @@ void note_unless_verified(const std::string& path, bool verified) {
 }
 
 StartPoint start_point(const Config& config, const ParameterList& list, const Held& held, const DataLoader& train, World& world) {
+    require_shared_folder(world, config.out, std::min(kFolderIsSeen_s, config.timeout / 2.0));
     std::string path = config.resume;
     if (!path.empty()) path = world.all_texts(world.rank() == 0 ? intact_checkpoint(config) : "")[0];
     require_own_folder(config, path);
     world.all_texts("");  // before rank 0 begins a log there
     if (path.empty()) return fresh_start(config, list, held, train, world);
+    require_same_files(world, "checkpoint " + path, {path + "/" + kInfoFile, path + "/" + kParamsFile, path + "/" + kAdamFile});
     Checkpoint checkpoint = load_checkpoint(path, list, config.model_spec(), held);
     require_same_data_order(config, checkpoint, path, train);
     if (checkpoint.info.recipe != config.recipe)
