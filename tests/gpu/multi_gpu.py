@@ -38,6 +38,8 @@ MODELS = {"gpt2-124M": ["--model", "gpt2-124M"], "gpt2-1558M": ["--model", "gpt2
 MICRO_BATCH = {"gpt2-124M": 64, "gpt2-1558M": 16, "gpt2-3B": 4, "tiny": 4}  # halved until --dry-run says that it fits
 STEP_TOKENS = 524288  # of all GPUs
 FEW_TOKENS = 8192     # of a GPU and step, the hard case
+HUGE_TOKENS = 65536   # the same, of 3B: with more a row takes minutes
+MODES = ("none", "optimizer", "gradients", "full")
 BARS = {"none": 0.97, "optimizer": 0.97, "full": 0.93}  # share of one GPU's speed, 1558M
 MOST_EXPOSED = 0.25
 RESERVE_GIB = 3
@@ -45,6 +47,11 @@ WARM_UP = 2           # steps
 TRACED, MEASURED = 1, 3  # then; where steps are short, TRACED_SHORT and MEASURED_SHORT
 TRACED_SHORT, MEASURED_SHORT = 4, 8
 NO_GPUS = 77
+
+
+def needs_gpus(ranks, arguments):
+    if not arguments.rehearse and len(gpu_memory_mib()) < ranks:
+        raise Skipped(f"needs {ranks} GPUs")
 
 
 def fits(runs, model, recipe, micro_batch, mode, ranks):
@@ -102,10 +109,13 @@ class Speed:
     recipe: str
     mode: str           # of --shard; "alone": one GPU
     tokens: int         # a GPU and step
+    ranks: int = 0      # 0: those of --ranks
+    replicate: int = 1
 
     @property
     def name(self):
-        return f"speed {self.model} {self.recipe} {self.mode}, {self.tokens} tokens a GPU and step"
+        mode = self.mode if self.replicate == 1 else f"{self.mode} of {self.replicate} replicas"
+        return f"speed {self.model} {self.recipe} {mode}, {self.tokens} tokens a GPU and step" + (f", {self.ranks} GPUs" if self.ranks else "")
 
     def seconds(self):
         rate = {"gpt2-124M": 600e3, "gpt2-1558M": 60e3, "gpt2-3B": 30e3}.get(self.model, 1e6)
@@ -119,10 +129,11 @@ class Speed:
         tokens = self.tokens if not runs.a.rehearse else 512 if self.tokens == FEW_TOKENS else 1024
         if self.model not in runs.micro_batches:
             runs.micro_batches[self.model] = fitting_micro_batch(runs, self.model)
-        ranks, context, (traced, measured) = 1 if self.mode == "alone" else runs.a.ranks, 64 if runs.a.rehearse else 1024, self.steps()
+        ranks, context, (traced, measured) = 1 if self.mode == "alone" else self.ranks or runs.a.ranks, 64 if runs.a.rehearse else 1024, self.steps()
         micro_batch = min(runs.micro_batches[self.model], tokens // context)
         options = [*MODELS[self.model], "--recipe", self.recipe, "--micro-batch", micro_batch, "--global-batch-tokens", tokens * ranks, "--steps", WARM_UP + traced + measured,
-                   "--eval-every", 0, "--checkpoint-every", 0, "--shard", self.shard]
+                   "--eval-every", 0, "--checkpoint-every", 0, "--shard", self.shard, "--replicate", self.replicate]
+        needs_gpus(ranks, runs.a)
         try:
             out, text, used = runs.until_last_step(ranks, *options, "--profile", traced)
         except Failed as failure:
@@ -133,11 +144,11 @@ class Speed:
         if self.mode == "alone":
             runs.alone[self.model, self.recipe, self.tokens] = tokens / step_s
         alone = runs.alone.get((self.model, self.recipe, self.tokens))
-        earlier = None if alone else report.rate_of(dataclasses.replace(self, mode="alone").name)
-        row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": self.shard, "seq_len": context, "micro_batch": micro_batch,
+        earlier = None if alone else report.rate_of(Speed(self.model, self.recipe, "alone", self.tokens).name)
+        row = {"kind": "train", "model": self.model, "recipe": self.recipe, "gpus": ranks, "shard": self.shard, "replicate": self.replicate, "seq_len": context, "micro_batch": micro_batch,
                "tokens_per_step": tokens * ranks, "tokens_per_s": round(tokens * ranks / step_s), "ms_per_step": round(step_s * 1e3, 3),
                "share_of_one_gpu": round(tokens / step_s / alone, 4) if alone else None,
-               "share_of_one_gpu_in_an_earlier_call": round(tokens / step_s / earlier, 4) if earlier else None, "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used, default=0),
+               "share_of_one_gpu_in_an_earlier_call": round(tokens / step_s / earlier, 4) if earlier else None, "memory_gib": round(memory_gib(text), 3), "gpu_memory_used_mib": max(used.values(), default=0),
                "gathered_bytes": gathered_bytes(out), **communication(out), "command": records(out, "run")[0]["command"].replace(f"{runs.folder}/", "")}
         failed = self.failures(row, runs.a.rehearse)
         report.test(self.name, "fail" if failed else "pass", "; ".join([figure_of(row), *failed]), row)
@@ -147,11 +158,11 @@ class Speed:
         return "none" if self.mode == "alone" else self.mode
 
     def failures(self, row, rehearsed):
-        """What of the row is not as it must be. Speeds of a rehearsal, and of other models, have no bars."""
+        """What of the row is not as it must be. Speeds of a rehearsal, of other models and of more GPUs have no bars."""
         if rehearsed or self.mode == "alone":
             return []
         failed = [] if row["communication_ms"] else ["the timeline shows no communication"]
-        if self.model != "gpt2-1558M":
+        if self.model != "gpt2-1558M" or self.ranks:
             return failed
         bar = BARS.get(self.mode) if self.tokens != FEW_TOKENS else None
         if bar and not (row["share_of_one_gpu"] or 0) >= bar:
@@ -216,6 +227,33 @@ class Losses:
         report.test(self.name, "pass" if difference <= spread and len(one) == len(several) == 6 else "fail",
                     f"{runs.a.ranks} GPUs end at {several[-1]:.4f}, one at {one[-1]:.4f}, another seed at {other[-1]:.4f}; "
                     f"differences over {len(one)} evaluations {difference:.5f} and {spread:.5f}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Torchrun:
+    """PyTorch's own launcher starts what mpirun starts: the same ranks, over TCP instead of MPI, and so the same losses."""
+    name = "torchrun instead of mpirun"
+
+    def seconds(self):
+        return 40
+
+    def run(self, report, runs):
+        if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode != 0:
+            raise Skipped("needs PyTorch")
+        model = [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks]
+        options = [*model, "--steps", 20, "--eval-every", 0, "--checkpoint-every", 0, "--deterministic", "--shard", "full"]
+        losses = []
+        for launcher in ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(runs.a.ranks), "--no-python"], None):
+            out, command = runs.command(runs.a.ranks, *options)
+            if launcher:
+                command = [*launcher, *command[command.index(str(program())):]]
+            done = subprocess.run(command, env=environment(NCCL_NVLS_ENABLE="0"), capture_output=True, text=True, timeout=300)
+            if done.returncode != 0:
+                raise Failed(own_line(done.stderr))
+            losses.append([r["loss"] for r in records(out, "step")])
+        same = losses[0] == losses[1] and len(losses[0]) == 20
+        report.test(self.name, "pass" if same else "fail", f"{len(losses[0])} losses of {runs.a.ranks} ranks, the last {losses[0][-1]:.6f} and {losses[1][-1]:.6f}: " +
+                    ("equal bits" if same else "they differ"))
 
 
 def losses_of(out):
@@ -307,19 +345,20 @@ def rows(rehearse, ranks):
 
     def speeds(model, recipe, tokens, *modes):
         return [Speed(model, recipe, mode, tokens) for mode in modes]
+
+    def of_four(tokens):
+        return [Speed(large, "tensorwise", mode, tokens, ranks=4, replicate=replicate) for mode, replicate in (("optimizer", 1), ("full", 1), ("full", 2))]
     faults = [Fault(kind) for kind in ("kill of a rank", "stop of a rank", "stop of rank 0", "another option", "missing rank")]
     losses = [Losses(recipe, mode) for recipe in ("tensorwise", "bf16") for mode in ("full", "none")]
     if rehearse:
-        return [*speeds("tiny", "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
-                Gathered("full"), Gathered("gradients"), *faults, *losses]
+        return [*speeds("tiny", "tensorwise", many, "alone", *MODES), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
+                Gathered("full"), Gathered("gradients"), *faults, *losses, Torchrun()]
     wanted = [*speeds(large, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", many, "alone", "optimizer", "full"),
-              *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults, *speeds(small, "tensorwise", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(huge, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "bf16", FEW_TOKENS, "alone", "optimizer", "full"),
-              *speeds(large, "tensorwise", FEW_TOKENS, "none", "gradients"), *speeds(small, "bf16", many, "alone", "none", "optimizer", "gradients", "full"),
-              *speeds(large, "bf16", FEW_TOKENS, "none", "gradients"), *speeds(huge, "tensorwise", FEW_TOKENS, "none", "gradients"),
-              *speeds(huge, "bf16", FEW_TOKENS, "alone", "full", "optimizer"), *speeds(large, "tensorwise", many, "none", "gradients"),
-              *speeds(large, "bf16", many, "alone", "full", "optimizer", "none", "gradients"), *speeds(huge, "tensorwise", many, "alone", "full", "optimizer", "none", "gradients"),
-              *speeds(huge, "bf16", many, "alone", "full", "optimizer")]
+              *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults]
+    for recipe in ("tensorwise", "bf16"):
+        for model, tokens in ((large, FEW_TOKENS), (large, many), (small, many), (huge, FEW_TOKENS)):
+            wanted += speeds(model, recipe, tokens, "alone", *MODES)
+    wanted += [*speeds(huge, "tensorwise", HUGE_TOKENS, "alone", *MODES), Torchrun(), *of_four(FEW_TOKENS), *of_four(many)]
     return list(dict.fromkeys(wanted))
 
 

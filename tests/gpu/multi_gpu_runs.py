@@ -15,12 +15,14 @@ from distributed_tests import Skipped, as_torchrun, environment, mpirun, own_err
 
 
 def gpu_memory_mib():
-    """Used memory of every GPU; [] where there is none."""
+    """Used memory of every GPU that CUDA_VISIBLE_DEVICES leaves, by its number; {} where there is none."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True)
+        done = subprocess.run(["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True)
     except FileNotFoundError:
-        return []
-    return [int(line) for line in done.stdout.split()] if done.returncode == 0 else []
+        return {}
+    used = dict(map(int, line.split(",")) for line in done.stdout.splitlines()) if done.returncode == 0 else {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return used if visible is None else {gpu: used[gpu] for gpu in map(int, visible.split(",")) if gpu in used}
 
 
 class Report:
@@ -98,7 +100,7 @@ class Runs:
         """GPU memory above what was used before the first row, by GPU; waits until there is none."""
         deadline = time.monotonic() + within_s
         while True:
-            kept = [now - was for now, was in zip(gpu_memory_mib(), self.idle_mib) if now > was + 64]
+            kept = [now - self.idle_mib[gpu] for gpu, now in gpu_memory_mib().items() if now > self.idle_mib[gpu] + 64]
             if not kept or time.monotonic() > deadline:
                 return kept
             time.sleep(0.5)
@@ -120,7 +122,7 @@ class Runs:
 
     def whole(self, jobs):
         """Runs jobs of one rank each side by side, one a GPU; returns their folders."""
-        started = [self.start(1, *options, CUDA_VISIBLE_DEVICES=str(i)) for i, options in enumerate(jobs)]
+        started = [self.start(1, *options, CUDA_VISIBLE_DEVICES=gpu) for gpu, options in zip([*map(str, self.idle_mib), *map(str, range(len(jobs)))], jobs)]
         for out, process in started:
             _, errors = process.communicate(timeout=1800)
             if process.returncode != 0:

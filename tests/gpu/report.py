@@ -72,7 +72,8 @@ def objects_in(folder):
 
 
 def gpus():
-    return len([line for line in output_of("nvidia-smi", "-L").splitlines() if line.startswith("GPU ")])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else len([line for line in output_of("nvidia-smi", "-L").splitlines() if line.startswith("GPU ")])
 
 
 def on_all_gpus(command):

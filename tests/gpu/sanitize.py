@@ -3,7 +3,7 @@
 
     sanitize.py [--json FILE] [--jobs N] [--seconds N] [PROGRAM...]
 
-Many run at a time, spread over the machine's GPUs, the longest first. What has not ended --seconds after the start is a skipped result.
+Many run at a time, spread over the machine's GPUs or those of CUDA_VISIBLE_DEVICES, the longest first. What has not ended --seconds after the start is a skipped result.
 One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps, cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
 kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
 exclusion is a skipped result with its reason; the program's other kernels are judged. dev/attention runs none of cuDNN's kernels in its small mode.
@@ -74,7 +74,7 @@ def run(tool, program, gpu, ends):
     if left_s <= 0:
         return {"name": name, "status": "skip", "figure": "had no time left to begin"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=min(TIMEOUT_S, left_s), env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=min(TIMEOUT_S, left_s), env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
     except subprocess.TimeoutExpired:
         if left_s < TIMEOUT_S:
             return {"name": name, "status": "skip", "figure": f"not finished after {left_s:.0f} s, when the time of all was over"}
@@ -98,14 +98,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all")
     arguments = parser.parse_args()
     ends = time.monotonic() + arguments.seconds
-    gpus = len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()) if shutil.which("nvidia-smi") else 0
-    if gpus == 0:
+    found = len(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()) if shutil.which("nvidia-smi") else 0
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(found)))).split(",")
+    if found == 0:
         print("sanitize: skipped: no GPU")
         return 77
     chosen = sorted(arguments.programs or programs(), key=lambda program: (SLOWEST + (program,)).index(program))
     work = sorted(((tool, program) for program in chosen for tool in TOOLS), key=lambda item: item != ("racecheck", "attention"))
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        tests = list(pool.map(lambda turn: run(*turn[1], turn[0] % gpus, ends), enumerate(work)))
+        tests = list(pool.map(lambda turn: run(*turn[1], gpus[turn[0] % len(gpus)], ends), enumerate(work)))
     tests += [{"name": f"sanitizer: {tool} {program}, {'kernels of ' if name.endswith('.cu') else ''}{name}", "status": "skip", "figure": reason}
               for (tool, program), (_, reasons) in EXCLUDED.items() if (tool, program) in work for name, reason in reasons.items()]
     tests += [{"name": f"sanitizer: {name}", "status": "fail", "figure": "is excluded from a tool without a reason, or has a reason and is not there"}
