@@ -382,6 +382,24 @@ def test_fault_missing_rank():
         assert time.monotonic() - start < 10
 
 
+def test_fault_missing_rank_0():
+    with Scratch() as out:
+        with as_torchrun(4, (1, 2, 3), [str(program()), *SMALL, "--out", str(out / "run"), "--steps", "3", "--timeout", "1"]) as processes:
+            errors = "".join(p.communicate(timeout=60)[1] for p in processes)
+        assert all(p.returncode == 1 for p in processes)
+        assert len(own_errors(errors)) == 1 and "rank 0 of 4 does not answer at 127.0.0.1" in errors, errors
+
+
+def test_fault_rank_that_never_starts_mpi():
+    with Scratch() as out:
+        command = [str(program()), *SMALL, "--steps", "2", "--timeout", "2", "--out", str(out / "run")]
+        start = time.monotonic()
+        done = subprocess.run([*mpirun(2), *command, ":", "-np", "1", "sleep", "60"], env=environment(), capture_output=True, text=True, timeout=60)
+        lines = own_errors(done.stderr)
+        assert done.returncode != 0 and len(lines) == 1 and f" of 3 ({socket.gethostname()}): MPI has not started within 2 s" in lines[0], done.stderr
+        assert time.monotonic() - start < 10
+
+
 def test_interrupt_stops_all_after_one_step():
     with Scratch() as scratch:
         out = scratch / "run"

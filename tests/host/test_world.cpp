@@ -159,6 +159,11 @@ TEST(World, LocalRanksAreCountedWhenTheLauncherDoesNotSay) {
     EXPECT_TRUE(outcome.all(0)) << outcome.errors;
 }
 
+void after_a_while(pid_t child, int signal) {
+    usleep(700'000);
+    kill(child, signal);
+}
+
 TEST(World, AMissingRankIsNamed) {
     const Outcome outcome = run_ranks({.size = 4, .timeout_s = 1, .absent = {2}}, [](World&) {});
     EXPECT_TRUE(outcome.all(1)) << outcome.errors;
@@ -167,15 +172,49 @@ TEST(World, AMissingRankIsNamed) {
     EXPECT_LT(outcome.seconds, 5);
 }
 
-TEST(World, AMissingRankZeroIsNamed) {
-    const Outcome outcome = run_ranks({.size = 2, .timeout_s = 1, .absent = {0}}, [](World&) {});
-    EXPECT_TRUE(outcome.all(1)) << outcome.errors;
-    EXPECT_NE(outcome.errors.find("rank 0 of 2 does not answer"), std::string::npos) << outcome.errors;
+TEST(World, AMissingRankZeroIsNamedOnce) {
+    for (const std::vector<int>& absent : {std::vector<int>{0}, std::vector<int>{0, 1}}) {
+        const Outcome outcome = run_ranks({.size = 4, .timeout_s = 1, .absent = absent}, [](World&) {});
+        EXPECT_TRUE(outcome.all(1)) << outcome.errors;
+        EXPECT_EQ(outcome.lines(), 1) << outcome.errors;
+        EXPECT_NE(outcome.errors.find("rank 0 of 4 does not answer"), std::string::npos) << outcome.errors;
+        EXPECT_LT(outcome.seconds, 5);
+    }
+}
+
+// The last rank is not there; what happens to one of those that wait for it.
+Outcome while_waiting(int victim, int signal) {
+    return run_ranks({.size = 4, .timeout_s = signal == SIGSTOP ? 2.0 : 6.0, .absent = {3}, .meanwhile = [&](auto& children) {
+                          after_a_while(children[size_t(victim)], signal);
+                          if (signal != SIGSTOP) return;
+                          sleep(6);
+                          kill(children[size_t(victim)], SIGKILL);  // as a launcher would
+                      }}, [](World&) {});
+}
+
+TEST(World, ARankThatDiesBeforeAllHaveMetIsNamedAtOnce) {
+    for (const int victim : {0, 2}) {
+        const Outcome outcome = while_waiting(victim, SIGKILL);
+        for (int r = 0; r < 3; ++r) EXPECT_EQ(outcome.statuses[size_t(r)], r == victim ? 128 + SIGKILL : 1) << outcome.errors;
+        EXPECT_EQ(outcome.lines(), 1) << outcome.errors;
+        EXPECT_NE(outcome.errors.find(message("error: rank %d ", victim)), std::string::npos) << outcome.errors;
+        EXPECT_NE(outcome.errors.find("died before all ranks had met"), std::string::npos) << outcome.errors;
+        EXPECT_LT(outcome.seconds, 4);
+    }
+}
+
+TEST(World, ARankZeroThatIsStoppedBeforeAllHaveMetIsNamed) {
+    const Outcome outcome = while_waiting(0, SIGSTOP);
+    EXPECT_EQ(outcome.statuses[1], 1);
+    EXPECT_EQ(outcome.statuses[2], 1);
+    EXPECT_EQ(outcome.lines(), 1) << outcome.errors;
+    EXPECT_NE(outcome.errors.find("stopped or hangs before all ranks had met"), std::string::npos) << outcome.errors;
 }
 
 TEST(World, RanksOfAnotherSizeAreRefused) {
     const Outcome outcome = run_ranks({.size = 3, .timeout_s = 5, .claimed_size_of_last = 4}, [](World&) {});
     EXPECT_TRUE(outcome.all(1)) << outcome.errors;
+    EXPECT_EQ(outcome.lines(), 1) << outcome.errors;
     EXPECT_NE(outcome.errors.find("rank 2 of 4"), std::string::npos) << outcome.errors;
 }
 
@@ -197,11 +236,6 @@ void forever(World& world) {
         world.host().all_reduce(&x, 1, Element::f32, Reduction::sum);
         usleep(1000);
     }
-}
-
-void after_a_while(pid_t child, int signal) {
-    usleep(700'000);
-    kill(child, signal);
 }
 
 TEST(Faults, AKilledRankEndsTheJobAtOnce) {

@@ -1,7 +1,6 @@
 #include "trainer/distributed/world.h"
 
 #include <dlfcn.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,44 +17,17 @@
 
 namespace {
 
-constexpr uint64_t kMagic = 0x7470675f66703801;  // of this protocol
-constexpr int kDefaultPort = 29500;              // torchrun's
-enum Channel : int32_t { kMessages, kSignsOfLife, kChannels };
-
-template <size_t N>
-void copy_text(char (&to)[N], const std::string& text) {
-    std::snprintf(to, N, "%s", text.c_str());
-}
-
-// First words on a connection.
-struct Hello {
-    uint64_t magic;
-    int32_t rank, size, channel, process;
-    char job[64], host[64];
-};
-// Rank 0's answer, when all are there or never will be.
-struct Welcome {
-    uint64_t magic;
-    int32_t accepted, local_rank, process;
-    char host[64];
-};
-
-struct Arrived {
-    Hello hello{};
-    Socket connections[kChannels];
-};
+constexpr int kDefaultPort = 29500;  // torchrun's
 
 void mpi_check(const char* failed) { REQUIRE(failed == nullptr, "%s failed", failed); }
 
-// MPI_Init hangs when another rank never calls it, and the watch starts only after it.
+// MPI hangs where another rank never comes, and the watch starts only after the meeting.
 class StartTimer {
   public:
-    StartTimer(double timeout_s, const std::string& line)
-        : thread_([this, timeout_s, line] {
+    StartTimer(double timeout_s, Speaker& speaker, const std::string& line)
+        : thread_([this, timeout_s, line, &speaker] {
               std::unique_lock lock(mutex_);
-              if (done_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return over_; })) return;
-              std::fprintf(stderr, "error: %s\n", line.c_str());
-              _exit(1);
+              if (!done_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return over_; })) speaker.end(line);
           }) {}
     ~StartTimer() {
         {
@@ -137,14 +109,8 @@ const char* World::transport() const { return alone() ? "" : mpi_ ? "MPI" : "TCP
 // ---------------------------------------------------------------------------------------------------------------------
 // Meeting
 
-struct World::Meeting {
-    std::vector<std::string> addresses;
-    int port = 0;
-    Socket listener;  // rank 0's
-};
-
 // MASTER_ADDR, or the launcher's word, or this machine; MASTER_PORT (torchrun: + 1), or one that follows from the job's name.
-World::Meeting World::meeting_of_environment() const {
+Meeting World::meeting_of_environment() const {
     Meeting meeting;
     meeting.addresses = {launch_.address.empty() ? "127.0.0.1" : launch_.address};
     meeting.port = launch_.port ? launch_.port : launch_.job.empty() ? kDefaultPort : 20000 + int(std::hash<std::string>()(launch_.job) % 10000);
@@ -152,7 +118,7 @@ World::Meeting World::meeting_of_environment() const {
     return meeting;
 }
 
-World::Meeting World::meeting_over_mpi() {
+Meeting World::meeting_over_mpi() {
     Meeting meeting;
     std::string mine;
     if (rank() == 0) {
@@ -173,7 +139,7 @@ World::Meeting World::meeting_over_mpi() {
     return meeting;
 }
 
-void World::load_mpi(double timeout_s) {
+void World::load_mpi() {
     const std::string path = launch_.launcher == "Open MPI" ? find_plugin() : "";
     if (path.empty()) return;
     // Global: Open MPI's own plugins look for its symbols.
@@ -185,7 +151,6 @@ void World::load_mpi(double timeout_s) {
     const auto functions = reinterpret_cast<decltype(&train_gpt_mpi_functions)>(dlsym(library, kMpiPluginSymbol));
     REQUIRE(functions, "%s: has no %s: build it again", path.c_str(), kMpiPluginSymbol);
     int rank = 0, size = 0;
-    const StartTimer timer(timeout_s, message("rank %d: MPI_Init did not return within %g s: another rank hangs or is missing", launch_.rank, timeout_s));
     mpi_check(functions()->start(&rank, &size));
     REQUIRE(rank == launch_.rank && size == launch_.size, "MPI says rank %d of %d, mpirun's environment rank %d of %d: another MPI was built with than started the job",
             rank, size, launch_.rank, launch_.size);
@@ -195,94 +160,30 @@ void World::load_mpi(double timeout_s) {
 World::World(const Launch& launch, double timeout_s) : launch_(launch), host_(std::make_unique<SingleCommunicator>()) {
     if (alone()) return;
     setvbuf(stdout, nullptr, _IOLBF, 0);  // the watch may end the process at any time
-    load_mpi(timeout_s);
-    Meeting meeting = mpi_ ? meeting_over_mpi() : meeting_of_environment();
-    if (rank() == 0) meet_at_rank_0(std::move(meeting), timeout_s);
-    else join_rank_0(meeting, timeout_s);
-    if (launch_.local_rank >= 0) local_rank_ = launch_.local_rank;
+    Speaker speaker(launch);
+    try {
+        Met met = meet(launch, arrange_meeting(timeout_s, speaker), timeout_s, speaker);
+        peers_ = std::move(met.connections);
+        local_rank_ = launch.local_rank >= 0 ? launch.local_rank : met.local_rank;
+        watch_ = std::make_unique<Watch>(rank(), std::move(met.watched), timeout_s);
+    } catch (const JobError& error) {
+        speaker.end(error.what());
+    } catch (const std::exception& error) {
+        speaker.end(message("rank %d (%s): %s", rank(), host_name().c_str(), described(error).c_str()));
+    }
     std::vector<int> everyone;
     for (int r = 0; r < size(); ++r) everyone.push_back(r);
     host_ = std::make_unique<HostCommunicator>(rank(), size(), transport_of(everyone, 0), watch_.get());
 }
 
+Meeting World::arrange_meeting(double timeout_s, Speaker& speaker) {
+    const StartTimer timer(timeout_s, speaker, message("rank %d of %d (%s): MPI has not started within %g s: another rank was not started, hangs, or is not reached: look "
+                                                       "for its process, and for mpirun's network (--mca btl_tcp_if_include)", rank(), size(), host_name().c_str(), timeout_s));
+    load_mpi();
+    return mpi_ ? meeting_over_mpi() : meeting_of_environment();
+}
+
 World::~World() = default;
-
-void World::join_rank_0(const Meeting& meeting, double timeout_s) {
-    std::string where;
-    for (const std::string& address : meeting.addresses) where += (where.empty() ? "" : " or ") + address;
-    Peer zero;
-    peers_.resize(1);
-    for (int channel = 0; channel < kChannels; ++channel) {
-        Socket socket = connect_before(meeting.addresses, meeting.port, seconds_from_now(timeout_s));
-        if (!socket) throw JobError(message("rank 0 of %d does not answer at %s, port %d, for %g s (MASTER_ADDR, MASTER_PORT)", size(), where.c_str(), meeting.port, timeout_s));
-        Hello hello{.magic = kMagic, .rank = rank(), .size = size(), .channel = channel, .process = getpid(), .job = {}, .host = {}};
-        copy_text(hello.job, launch_.job);
-        copy_text(hello.host, host_name());
-        socket.send_all(&hello, sizeof hello);
-        (channel == kMessages ? peers_[0] : zero.connection) = std::move(socket);
-    }
-    Welcome welcome{};
-    peers_[0].limit_receive(timeout_s + 10);  // rank 0 waits for others meanwhile
-    peers_[0].receive_all(&welcome, sizeof welcome);
-    peers_[0].limit_receive(0);
-    REQUIRE(welcome.magic == kMagic, "%s, port %d: is not rank 0 of this job", where.c_str(), meeting.port);
-    if (!welcome.accepted) _exit(1);  // rank 0 has said why
-    local_rank_ = welcome.local_rank;
-    zero.host = welcome.host;
-    zero.process = welcome.process;
-    std::vector<Peer> peers;
-    peers.push_back(std::move(zero));
-    watch_ = std::make_unique<Watch>(rank(), std::move(peers), timeout_s);
-}
-
-void World::meet_at_rank_0(Meeting meeting, double timeout_s) {
-    std::vector<Arrived> arrived{size_t(size())};
-    const auto refuse = [&](const std::string& why) {
-        const Welcome no{.magic = kMagic, .accepted = 0, .local_rank = 0, .process = getpid(), .host = {}};
-        for (Arrived& a : arrived)
-            if (a.connections[kMessages]) send(a.connections[kMessages].file(), &no, sizeof no, MSG_NOSIGNAL);
-        throw JobError(why);
-    };
-    const Clock::time_point deadline = seconds_from_now(timeout_s);
-    for (int expected = kChannels * (size() - 1); expected > 0;) {
-        Socket socket = accept_before(meeting.listener, deadline);
-        if (!socket) {
-            std::string missing;
-            for (int r = 1; r < size(); ++r)
-                if (!arrived[size_t(r)].connections[kMessages]) missing += (missing.empty() ? "" : ", ") + std::to_string(r);
-            refuse(message("rank %s of %d has not joined rank 0 at %s, port %d, within %g s", missing.c_str(), size(), host_name().c_str(), meeting.port, timeout_s));
-        }
-        Hello hello{};
-        socket.limit_receive(5);
-        try {
-            socket.receive_all(&hello, sizeof hello);
-        } catch (const Error&) {
-            continue;  // a port scanner, a rank that died at once
-        }
-        if (hello.magic != kMagic || launch_.job.substr(0, sizeof hello.job - 1) != hello.job) continue;  // of another program or job
-        if (hello.size != size() || hello.rank < 1 || hello.rank >= size() || hello.channel < 0 || hello.channel >= kChannels)
-            refuse(message("a process on %s says that it is rank %d of %d, rank 0 is one of %d", hello.host, hello.rank, hello.size, size()));
-        Arrived& a = arrived[size_t(hello.rank)];
-        if (a.connections[hello.channel]) refuse(message("rank %d joined twice, from %s and %s", hello.rank, a.hello.host, hello.host));
-        socket.limit_receive(0);
-        a.hello = hello;
-        a.connections[hello.channel] = std::move(socket);
-        --expected;
-    }
-    std::vector<Peer> peers;
-    std::vector<std::string> hosts{host_name()};
-    peers_.resize(size_t(size()));
-    for (int r = 1; r < size(); ++r) {
-        Arrived& a = arrived[size_t(r)];
-        Welcome welcome{.magic = kMagic, .accepted = 1, .local_rank = int32_t(std::count(hosts.begin(), hosts.end(), a.hello.host)), .process = getpid(), .host = {}};
-        copy_text(welcome.host, hosts[0]);
-        a.connections[kMessages].send_all(&welcome, sizeof welcome);
-        hosts.push_back(a.hello.host);
-        peers_[size_t(r)] = std::move(a.connections[kMessages]);
-        peers.push_back({.rank = r, .host = a.hello.host, .process = a.hello.process, .connection = std::move(a.connections[kSignsOfLife])});
-    }
-    watch_ = std::make_unique<Watch>(0, std::move(peers), timeout_s);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Messages, groups, agreement
@@ -399,6 +300,9 @@ void World::report(const std::exception& error) {
 void World::finish() {
     if (alone()) return;
     all_texts("");  // nobody leaves before all are done
+    if (mpi_) {
+        const Watch::Waiting waiting(watch_.get(), "the end of MPI");  // which waits for all
+        mpi_check(mpi_->finish());
+    }
     watch_->goodbye();
-    if (mpi_) mpi_check(mpi_->finish());
 }

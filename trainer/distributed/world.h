@@ -1,7 +1,7 @@
 // All ranks of the run: how they find each other, agree and end.
 //
-// Every rank connects to rank 0 twice: one connection carries small messages of the main threads, the other the signs of
-// life of the watch. Where Open MPI started the ranks and the plugin was built, MPI tells them rank 0's address and
+// Every rank connects to rank 0 twice (meeting.h): one connection carries small messages of the main threads, the other the signs
+// of life of the watch. Where Open MPI started the ranks and the plugin was built, MPI tells them rank 0's address and
 // carries the host collectives; otherwise they find it at MASTER_ADDR:MASTER_PORT (rules in world.cpp; under torchrun, whose
 // store holds that port, at the next one) and TCP does.
 #pragma once
@@ -12,15 +12,11 @@
 
 #include "trainer/distributed/communicator.h"
 #include "trainer/distributed/launch.h"
+#include "trainer/distributed/meeting.h"
 #include "trainer/distributed/watch.h"
 
 struct MpiFunctions;
 class Transport;
-
-// A message about the job as a whole, to be printed as it is.
-struct JobError : Error {
-    using Error::Error;
-};
 
 // The line for the person at the terminal.
 std::string described(const std::exception& error);
@@ -29,7 +25,8 @@ struct Reported {};
 
 class World {
   public:
-    // Waits until all ranks are there; after `timeout_s`, a JobError that names the missing ones. Alone: nothing to do.
+    // Waits until all ranks are there. If that fails, or takes longer than `timeout_s`, ends the process, one rank a machine with a line
+    // that names the missing ones. Alone: nothing to do.
     World(const Launch& launch, double timeout_s);
     ~World();
 
@@ -66,12 +63,10 @@ class World {
   private:
     class TcpTransport;
     class MpiTransport;
-    struct Meeting;
 
     [[noreturn]] void report(const std::exception& error);
-    void load_mpi(double timeout_s);
-    void meet_at_rank_0(Meeting meeting, double timeout_s);
-    void join_rank_0(const Meeting& meeting, double timeout_s);
+    void load_mpi();
+    Meeting arrange_meeting(double timeout_s, Speaker& speaker);
     Meeting meeting_of_environment() const;
     Meeting meeting_over_mpi();
     std::vector<std::string> exchange_texts(const std::string& mine);
