@@ -26,6 +26,7 @@
 #include "trainer/run/run_lock.h"
 #include "trainer/run/samples.h"
 #include "trainer/run/start.h"
+#include "trainer/run/stop.h"
 #include "trainer/run/training_loop.h"
 #include "trainer/run/verify.h"
 #include "trainer/standard_output.h"
@@ -64,8 +65,9 @@ void train_on(const Parallel& parallel, const Config& config, World& world, cons
         print_start({config, *engine, list, data, start, world});
         log.emplace(log_options(config, *engine, start.state.step, world), record);
         if (world.rank() == 0) save_configuration(config);
+        stop_on_signals(world.rank());
         std::printf("ready after %s\n", format_duration(std::chrono::duration<double>(Clock::now() - program_start).count()).c_str());
-        stop_on_signals();
+        std::fflush(stdout);  // the first step, or an evaluation, may take long
         loop.emplace(TrainingLoop::Parts{.config = config, .engine = *engine, .list = list, .train = data, .validation = validation, .log = *log,
                                          .choices = choices ? &*choices : nullptr, .samples = samples ? &*samples : nullptr, .profile = profile,
                                          .state = start.state, .world = world, .held = held, .parallel = parallel});

@@ -411,5 +411,23 @@ def test_interrupt_stops_all_after_one_step():
             assert newest == records(out, "step")[-1]["step"]
 
 
+def test_interrupt_of_one_rank_cuts_the_evaluation_of_all():
+    with Scratch() as scratch:
+        for mode in ("none", "full"):
+            out = scratch / mode
+            process = subprocess.Popen([*mpirun(3), str(program()), *SMALL, "--steps", "8", "--eval-every", "4", "--eval-tokens", "900000", "--shard", mode,
+                                        "--out", str(out)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            with process:
+                for line in process.stdout:
+                    if "ready after" in line:
+                        break
+                time.sleep(0.3)
+                start = time.monotonic()
+                os.kill(ranks_of(out)[2], signal.SIGTERM)  # one rank only
+                text = process.communicate(timeout=60)[0]
+                assert process.returncode == 0 and time.monotonic() - start < 10, f"exit status {process.returncode}: {text}"
+                assert text.count("eval 0/8 | cut short") == 1 and "stopped after step 0" in text and not records(out, "eval"), text
+
+
 def tests():
     return [(name, test) for name, test in sorted(globals().items()) if name.startswith("test_")]

@@ -27,6 +27,51 @@ def test_interrupt_saves():
             assert list((out / "run").glob("step_*/checkpoint.json")), f"no checkpoint after {number.name}"
 
 
+# Minutes of looking at the validation data.
+LONG_LOOK = ["--eval-every", "3", "--eval-tokens", "900000", "--steps", "6"]
+
+
+def stopped_in_its_look(out, *options, after, cut):
+    """A stop does not wait for the look that follows `after`: it is cut short, the step is saved, the log tells only what was done."""
+    with Running(*TINY, *LONG_LOOK, *options, "--out", str(out)) as run:
+        run.wait_for(after)
+        time.sleep(0.3)  # into it
+        start = time.monotonic()
+        status = run.stop()
+    text = "".join(run.lines)
+    assert status == 0 and time.monotonic() - start < 5, f"exit status {status} after {time.monotonic() - start:.1f} s: {text[-1000:]}"
+    assert text.count("| cut short, as a stop was asked for: no result") == 1 and f"\n{cut} | cut short" in text, text[-1000:]
+    assert text.count("a signal again ends at once, without saving") == 1, text[-1000:]
+    kinds = [r["kind"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines())]
+    assert kinds == ["run"] + ["step"] * kinds.count("step") + ["checkpoint"] and complete_checkpoints(out) == [kinds.count("step")], kinds
+    return complete_checkpoints(out)[0]
+
+
+def test_a_stop_does_not_wait_for_an_evaluation():
+    with Scratch() as out:
+        assert stopped_in_its_look(out / "first", after="ready after", cut="eval 0/6") == 0
+        (out / "many.jsonl").write_text((ROOT / "tests" / "data" / "questions.jsonl").read_text() * 2000)
+        choices = ["--eval-every", "0", "--multiple-choice", str(out / "many.jsonl")]
+        assert stopped_in_its_look(out / "last", *choices, after="step 6/6", cut="choices 6/6") == 6
+        sampling = ["--eval-every", "0", "--sample-every", "2", "--max-tokens", "100000"]
+        assert stopped_in_its_look(out / "sample", *sampling, after="step 2/6", cut="sample 2/6") == 2
+        done = train(*TINY, "--eval-every", "3", "--eval-tokens", "512", "--steps", "6", "--resume", "auto", "--out", str(out / "sample"))
+        assert "start   step 2 of" in done.stdout and [r["step"] for r in records(out / "sample", "eval")] == [3, 6], done.stdout
+
+
+def test_a_second_signal_ends_at_once():
+    with Scratch() as out:
+        with Running(*TINY, "--steps", "2", "--global-batch-tokens", "4096000", "--eval-every", "0", "--out", str(out / "run")) as run:  # a step of minutes
+            run.wait_for("ready after")
+            time.sleep(0.5)  # into the step
+            run.process.send_signal(signal.SIGINT)
+            run.wait_for("a signal again ends at once, without saving")
+            time.sleep(1.2)
+            start = time.monotonic()
+            assert run.stop() == -signal.SIGTERM and time.monotonic() - start < 5
+        assert not complete_checkpoints(out / "run")
+
+
 def test_nohup_survives_the_end_of_a_terminal():
     with Scratch() as out:
         with Running(*TINY, "--steps", "100000", "--eval-every", "0", "--out", str(out / "run"),

@@ -32,6 +32,7 @@ void generate(Engine& engine, std::span<const int> prompt, const GenerateOptions
     std::vector<float> logits(size_t(o.samples) * size_t(V));
     for (int position = 0; position < o.max_tokens; ++position) {
         if (std::all_of(samples.begin(), samples.end(), [](const Sample& s) { return s.stopped; })) return;
+        if (o.before_each) o.before_each();
         for (int row = 0; row < B; ++row) {
             const int i = row % o.samples;
             const int last = fill_row(samples[size_t(i)].context, std::span(inputs).subspan(size_t(row) * size_t(T), size_t(T)));

@@ -18,6 +18,7 @@ struct GenerateOptions {
     // Several ranks that gather weights for every pass: puts rank 0's tokens of a round in place of this rank's, so that all
     // make the same passes even if their logits differ in the last place.
     std::function<void(std::span<int> tokens)> agree = {};
+    std::function<void()> before_each = {};  // round, if given: it may throw, on all ranks alike, to abandon the rest
 };
 
 // Calls on_token(sample, token) for every token as it is drawn, round by round, until each sample has its tokens or has

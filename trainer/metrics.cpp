@@ -326,6 +326,10 @@ void RunLog::choices(int64_t steps_done, const ChoiceResult& result, double seco
                        format_duration(seconds).c_str()));
 }
 
+void RunLog::cut_short(int64_t steps_done, const char* what) {
+    print_line(message("%s %lld/%lld | cut short, as a stop was asked for: no result", what, (long long)steps_done, (long long)options_.total_steps));
+}
+
 void RunLog::checkpoint(int64_t steps_done, const std::string& path, double seconds) {
     Json record;
     record["kind"] = "checkpoint";

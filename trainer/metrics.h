@@ -88,6 +88,7 @@ class RunLog {
     void eval(int64_t steps_done, double loss, int64_t tokens, double seconds);  // mean loss a token
     void sample(int64_t steps_done, int sample, const std::string& prompt, const std::string& text);  // valid UTF-8
     void choices(int64_t steps_done, const ChoiceResult& result, double seconds);
+    void cut_short(int64_t steps_done, const char* what);  // by a stop: on the terminal only
     void checkpoint(int64_t steps_done, const std::string& path, double seconds);
     void profile(int64_t steps_done, int64_t steps, const Profile& profile, const std::vector<double>& communication_ms, const std::vector<double>& exposed_ms);
     void traffic(int64_t steps_done, const std::vector<TrafficOf>& all);  // what rank 0 received in the run; a captured call counts once

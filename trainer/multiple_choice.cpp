@@ -26,12 +26,13 @@ void fill_row(const Ending& ending, const Row& row) {
 
 }  // namespace
 
-std::vector<double> log_likelihoods(Engine& engine, const EngineOptions& shape, std::span<const Ending> endings) {
+std::vector<double> log_likelihoods(Engine& engine, const EngineOptions& shape, std::span<const Ending> endings, const BeforeEach& before_each) {
     const size_t B = size_t(shape.micro_batch), T = size_t(shape.seq_len);
     std::vector<int> inputs(B * T), targets(B * T);
     std::vector<float> losses(B * T);
     std::vector<double> result;
     for (size_t first = 0; first < endings.size(); first += B) {
+        if (before_each) before_each();
         const size_t rows = std::min(B, endings.size() - first);
         for (size_t row = 0; row < B; ++row)  // rows behind the last ending repeat the first ones
             fill_row(endings[first + row % rows], {std::span(inputs).subspan(row * T, T), std::span(targets).subspan(row * T, T)});
@@ -57,11 +58,11 @@ int likeliest_ending(std::span<const Ending> endings, std::span<const double> lo
     return int(best);
 }
 
-ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const ChoiceQuestion> questions) {
+ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const ChoiceQuestion> questions, const BeforeEach& before_each) {
     REQUIRE(!questions.empty(), "multiple choice: no question");
     std::vector<Ending> all;
     for (const ChoiceQuestion& q : questions) all.insert(all.end(), q.endings.begin(), q.endings.end());
-    const std::vector<double> likelihoods = log_likelihoods(engine, shape, all);
+    const std::vector<double> likelihoods = log_likelihoods(engine, shape, all, before_each);
     ChoiceResult result{.questions = int64_t(questions.size()), .of = {}};
     const double n = double(questions.size());
     for (const Normalization by : kNormalizations) {

@@ -1,6 +1,7 @@
 // How likely a model finds the endings of a text, and how often the likeliest is the right one.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -14,10 +15,13 @@ struct Ending {
     int64_t bytes;            // of its text
 };
 
+// Called before each micro-batch, if given: it may throw to abandon the rest.
+using BeforeEach = std::function<void()>;
+
 // The natural logarithm of the probability of each ending's tokens given all before them, in micro-batches of the engine's
 // shape, one ending a row. Contexts lose their beginning where both together do not fit; an ending that alone does not
 // fit is an Error.
-std::vector<double> log_likelihoods(Engine& engine, const EngineOptions& shape, std::span<const Ending> endings);
+std::vector<double> log_likelihoods(Engine& engine, const EngineOptions& shape, std::span<const Ending> endings, const BeforeEach& before_each = {});
 
 // What the likelihood is divided by before the endings of a question are compared.
 enum class Normalization : uint8_t { none, tokens, bytes };
@@ -39,7 +43,7 @@ struct ChoiceResult {
 
 std::string format_choices(const ChoiceResult& result);  // one line
 
-ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const ChoiceQuestion> questions);
+ChoiceResult choose(Engine& engine, const EngineOptions& shape, std::span<const ChoiceQuestion> questions, const BeforeEach& before_each = {});
 
 // The ending with the greatest normalized likelihood; of equal ones the first.
 int likeliest_ending(std::span<const Ending> endings, std::span<const double> log_likelihoods, Normalization by);

@@ -257,6 +257,26 @@ TEST(MultipleChoice, AccuracyAndStandardError) {
     }
 }
 
+// By an exception, between the passes: what a stop of training does.
+TEST(Looks, CanBeAbandoned) {
+    struct Abandoned {};
+    Model m("f32", 2);
+    const std::vector<Ending> endings(9, ending_of({1, 2}, {3}));
+    for (const int passes : {0, 1, 3}) {
+        int calls = 0;
+        const auto before_each = [&] {
+            if (calls++ == passes) throw Abandoned();
+        };
+        EXPECT_THROW(log_likelihoods(*m.engine, m.options, endings, before_each), Abandoned);
+        EXPECT_EQ(calls, passes + 1);
+        calls = 0;
+        GenerateOptions options{.shape = m.options, .sampler = {}, .samples = 2, .max_tokens = 12, .before_each = before_each};
+        int tokens = 0;
+        EXPECT_THROW(generate(*m.engine, std::vector<int>{7}, options, [&](int, int) { ++tokens; }), Abandoned);
+        EXPECT_EQ(tokens, 2 * passes);
+    }
+}
+
 TEST(MultipleChoice, AnEndingThatDoesNotFitIsAnError) {
     Model m("f32", 1);
     EXPECT_THROW(log_likelihoods(*m.engine, m.options, std::vector<Ending>{ending_of({1}, some_tokens(17, 3))}), Error);

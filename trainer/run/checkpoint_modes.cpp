@@ -58,11 +58,11 @@ void generate_from_checkpoint(const Config& config) {
     const std::string prompt = printable(config.prompt);
     std::printf("%s", prompt.c_str());
     SingleCommunicator alone;
-    const std::vector<std::string> texts = samples.run(*model.engine, 0, alone, [](int sample, std::string_view piece) {
+    const std::vector<std::string> texts = samples.run(*model.engine, 0, alone, {.on_text = [](int sample, std::string_view piece) {
         if (sample != 0) return;
         std::fwrite(piece.data(), 1, piece.size(), stdout);
         require_written_output();  // nobody listens: no need to go on
-    });
+    }});
     std::printf("\n");
     for (size_t i = 1; i < texts.size(); ++i) std::printf("--- sample %zu\n%s%s\n", i + 1, prompt.c_str(), texts[i].c_str());
     require_written_output();

@@ -11,7 +11,7 @@ class Choices {
   public:
     // `shape`: of the engine that run() will get. A space goes between context and ending where neither has one.
     Choices(const std::string& path, const EngineOptions& shape, Tokenizer& tokenizer);
-    ChoiceResult run(Engine& engine) const { return choose(engine, shape_, questions_); }
+    ChoiceResult run(Engine& engine, const BeforeEach& before_each = {}) const { return choose(engine, shape_, questions_, before_each); }
 
   private:
     EngineOptions shape_;

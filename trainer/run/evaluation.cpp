@@ -10,12 +10,13 @@ Validation::Validation(const Config& config) : T_(config.model_spec().seq_len), 
     samples_ = std::min(loader_->samples_per_epoch(), config.eval_tokens / T_);
 }
 
-Validation::Result Validation::run(Engine& engine, Communicator& ranks) const {
+Validation::Result Validation::run(Engine& engine, Communicator& ranks, const std::function<void()>& before_each) const {
     std::vector<int> inputs(size_t(B_ * T_)), targets(size_t(B_ * T_));
     const int64_t batches = (samples_ + B_ - 1) / B_, turns = (batches + ranks.size() - 1) / ranks.size();
     std::vector<double> losses(size_t(turns * ranks.size()));  // of each rank, its turns
     for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t batch = turn * ranks.size() + ranks.rank();
+        if (before_each) before_each();
         loader_->fill(std::min(batch, batches - 1), 0, B_, inputs.data(), targets.data());
         const int64_t valid = std::clamp<int64_t>(samples_ - batch * B_, 0, B_);  // mask what lies behind the last sample
         std::fill(targets.begin() + valid * T_, targets.end(), -1);

@@ -2,6 +2,7 @@
 // opened whether or not it will be used (--eval-every 0): a --val that is wrong is an Error at the start.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "data/loader.h"
@@ -20,7 +21,8 @@ class Validation {
         int64_t tokens;
     };
     // Ranks take turns; all call it. The sum is in the order of micro-batches, whatever the number of ranks.
-    Result run(Engine& engine, Communicator& ranks) const;
+    // Before each micro-batch of this rank `before_each` is called, if given: it may throw, on all ranks alike, to abandon the rest.
+    Result run(Engine& engine, Communicator& ranks, const std::function<void()>& before_each = {}) const;
 
   private:
     int64_t T_, B_;

@@ -28,20 +28,21 @@ Samples::Samples(const Config& config, const EngineOptions& shape, std::unique_p
     prompt_.insert(prompt_.end(), ids.begin(), ids.end());
 }
 
-std::vector<std::string> Samples::run(Engine& engine, int64_t step, Communicator& ranks, const OnText& on_text) const {
+std::vector<std::string> Samples::run(Engine& engine, int64_t step, Communicator& ranks, const Calls& calls) const {
     const size_t samples = size_t(config_.samples);
     std::vector<PrintableStream> streams(samples);
     std::vector<std::string> texts(samples);
     const auto deliver = [&](size_t sample, const std::string& piece) {
         if (piece.empty()) return;
         texts[sample] += piece;
-        on_text(int(sample), piece);
+        if (calls.on_text) calls.on_text(int(sample), piece);
     };
     const GenerateOptions options{.shape = shape_,
                                   .sampler = {.temperature = config_.temperature, .top_k = config_.top_k, .seed = config_.seed},
                                   .samples = config_.samples, .max_tokens = config_.max_tokens,
                                   .vocab_size = int(tokenizer_->vocab_size()), .stop_token = int(tokenizer_->end_of_text()), .step = step,
-                                  .agree = [&](std::span<int> tokens) { ranks.broadcast(tokens.data(), int64_t(tokens.size_bytes()), 0); }};
+                                  .agree = [&](std::span<int> tokens) { ranks.broadcast(tokens.data(), int64_t(tokens.size_bytes()), 0); },
+                                  .before_each = calls.before_each};
     generate(engine, prompt_, options, [&](int sample, int token) {
         const uint32_t id = uint32_t(token);
         deliver(size_t(sample), streams[size_t(sample)].push(tokenizer_->decode({&id, 1})));

@@ -27,10 +27,12 @@ class Samples {
     // `shape`: of the engine that run() will get, its logit_rows at least --samples.
     Samples(const Config& config, const EngineOptions& shape, std::unique_ptr<Tokenizer> tokenizer);
 
-    // One text a sample, without the prompt. Calls on_text(sample, piece) for each printable piece as soon as it is there.
-    // All ranks call it, and get rank 0's texts.
-    using OnText = std::function<void(int sample, std::string_view piece)>;
-    std::vector<std::string> run(Engine& engine, int64_t step, Communicator& ranks, const OnText& on_text) const;
+    // One text a sample, without the prompt. All ranks call it, and get rank 0's texts.
+    struct Calls {
+        std::function<void(int sample, std::string_view piece)> on_text = {};  // each printable piece as soon as it is there
+        std::function<void()> before_each = {};                                // round of tokens; may throw, on all ranks alike
+    };
+    std::vector<std::string> run(Engine& engine, int64_t step, Communicator& ranks, const Calls& calls) const;
 
   private:
     const Config& config_;

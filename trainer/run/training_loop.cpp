@@ -2,7 +2,6 @@
 
 #include <cerrno>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -11,6 +10,7 @@
 #include "kernels/common/check.h"
 #include "trainer/checkpoint.h"
 #include "trainer/run/start.h"
+#include "trainer/run/stop.h"
 
 namespace {
 
@@ -18,26 +18,7 @@ constexpr int kMostSkippedInARow = 100;  // by then it is not one bad batch
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-constexpr double kOneRequest = 1;  // s: timeout signals the process and its group, a terminal its group, a launcher its ranks
-// A signal handler can reach nothing else.
-volatile std::sig_atomic_t stop_requested = 0;
-double first_request_s = 0;
-void request_stop(int signal) {
-    if (stop_requested == 0) {
-        first_request_s = now_s();
-        stop_requested = 1;
-    } else if (now_s() - first_request_s > kOneRequest) {
-        std::signal(signal, SIG_DFL);
-        std::raise(signal);
-    }
-}
-
 }  // namespace
-
-void stop_on_signals() {
-    for (const int signal : {SIGINT, SIGTERM, SIGHUP})
-        if (std::signal(signal, request_stop) == SIG_IGN) std::signal(signal, SIG_IGN);  // nohup's is to stay
-}
 
 TrainingLoop::TrainingLoop(const Parts& parts)
     : p_(parts), first_step_(parts.state.step), step_(first_step_), outliers_(parts.config.outlier_window, parts.state.recent),
@@ -47,9 +28,14 @@ TrainingLoop::TrainingLoop(const Parts& parts)
 
 // A signal reaches every rank at another time, or only one: all stop after the same step.
 bool TrainingLoop::stop_agreed() const {
-    uint32_t stop = uint32_t(stop_requested);
+    uint32_t stop = uint32_t(stop_requested());
     p_.world.host().all_reduce(&stop, 1, Element::u32, Reduction::max);
     return stop != 0;
+}
+
+// Whoever asked may not wait for an evaluation.
+void TrainingLoop::throw_if_stopped() const {
+    if (stop_agreed()) throw StopAskedFor();
 }
 
 // Every so many steps, but not after the last one, which has its own.
@@ -74,7 +60,7 @@ void TrainingLoop::run() {
     }
     while (!pending_.empty()) finish_one();
     log_traffic();
-    const bool stopped = step_ < config.steps;  // whoever asked may not wait for an evaluation
+    const bool stopped = step_ < config.steps;
     if (!stopped) evaluate(step_), sample(step_);
     save_last(step_);
     if (stopped) std::printf("stopped after step %lld; the same command with --out %s --resume auto goes on\n", (long long)step_, config.out.c_str());
@@ -165,23 +151,33 @@ void TrainingLoop::log_traffic() {
     p_.log.traffic(step_, all);
 }
 
-void TrainingLoop::evaluate(int64_t steps_done) {
-    if (p_.validation && p_.config.eval_every > 0) {
-        const double start = now_s();
-        const Validation::Result result = p_.validation.run(p_.engine, p_.world.host());
-        p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
-    }
-    if (p_.choices) {
-        const double start = now_s();
-        const ChoiceResult result = p_.choices->run(p_.engine);
-        p_.log.choices(steps_done, result, now_s() - start);
+// The log has nothing of what was cut short.
+void TrainingLoop::unless_stopped(int64_t steps_done, const char* what, const std::function<void()>& look) const {
+    try {
+        look();
+    } catch (const StopAskedFor&) {
+        p_.log.cut_short(steps_done, what);
     }
 }
 
+void TrainingLoop::evaluate(int64_t steps_done) {
+    if (p_.validation && p_.config.eval_every > 0) unless_stopped(steps_done, "eval", [&] {
+        const double start = now_s();
+        const Validation::Result result = p_.validation.run(p_.engine, p_.world.host(), [this] { throw_if_stopped(); });
+        p_.log.eval(steps_done, result.loss, result.tokens, now_s() - start);
+    });
+    if (p_.choices) unless_stopped(steps_done, "choices", [&] {
+        const double start = now_s();
+        const ChoiceResult result = p_.choices->run(p_.engine, [this] { throw_if_stopped(); });
+        p_.log.choices(steps_done, result, now_s() - start);
+    });
+}
+
 void TrainingLoop::sample(int64_t steps_done) {
-    if (!p_.samples) return;
-    const std::vector<std::string> texts = p_.samples->run(p_.engine, steps_done, p_.world.host(), [](int, std::string_view) {});
-    for (size_t i = 0; i < texts.size(); ++i) p_.log.sample(steps_done, int(i), printable(p_.config.prompt), texts[i]);
+    if (p_.samples) unless_stopped(steps_done, "sample", [&] {
+        const std::vector<std::string> texts = p_.samples->run(p_.engine, steps_done, p_.world.host(), {.on_text = {}, .before_each = [this] { throw_if_stopped(); }});
+        for (size_t i = 0; i < texts.size(); ++i) p_.log.sample(steps_done, int(i), printable(p_.config.prompt), texts[i]);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

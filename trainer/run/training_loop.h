@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "data/loader.h"
@@ -16,10 +17,6 @@
 #include "trainer/run/evaluation.h"
 #include "trainer/run/profiled_steps.h"
 #include "trainer/run/samples.h"
-
-// Ctrl-C, SIGTERM and SIGHUP (a terminal that closes): finish the step, save, leave. A second one ends the program at once.
-// One that was ignored, as nohup does, stays so.
-void stop_on_signals();
 
 class TrainingLoop {
   public:
@@ -40,7 +37,7 @@ class TrainingLoop {
     };
     explicit TrainingLoop(const Parts& parts);
 
-    // From the step of the state that the engine holds to config.steps.
+    // From the step of the state that the engine holds to config.steps, or to the step in which a stop is asked for.
     void run();
 
   private:
@@ -50,6 +47,7 @@ class TrainingLoop {
     };
 
     bool stop_agreed() const;
+    void throw_if_stopped() const;
     bool due(int64_t every, int64_t steps_done) const;
     void note_closed_output();
     void enqueue(int64_t step);
@@ -57,6 +55,7 @@ class TrainingLoop {
     void reach_profile();
     void write_timeline(const Profile& profile) const;
     void log_traffic();
+    void unless_stopped(int64_t steps_done, const char* what, const std::function<void()>& look) const;
     void evaluate(int64_t steps_done);
     void sample(int64_t steps_done);
     std::string remark(const StepResult& result, const OutlierDetector::Statistics& losses, const OutlierDetector::Statistics& norms) const;
