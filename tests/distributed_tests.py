@@ -130,11 +130,18 @@ def running(ranks, out, *options):
     """A job that would run for ever, past its first checkpoint."""
     process = subprocess.Popen([*mpirun(ranks), str(program()), *SMALL, "--steps", "1000000", "--checkpoint-every", "5", "--keep", "2", "--shard", "full",
                                 "--out", str(out), *options], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with job(process, out):
+        yield process
+
+
+@contextlib.contextmanager
+def job(process, out):
+    """From its first checkpoint on; nothing is left of it at the end."""
     try:
         for line in process.stdout:
             if "saved " in line and "/step_" in line:
                 break
-        yield process
+        yield
     finally:
         for pid in ranks_of(out).values():
             with contextlib.suppress(ProcessLookupError):
@@ -227,6 +234,21 @@ def test_fault_other_data():
             what = {"train": "training", "val": "validation"}[split]
             assert len(lines) == 1 and f"rank 1 has {what} data 1 file of {victim.stat().st_size} bytes, contents " in lines[0], lines
             flip(victim, middle)
+
+
+def test_fault_data_that_change():
+    """As data do that are too many to be compared at the start: what a step reads is compared."""
+    with Scratch() as scratch:
+        out, other = scratch / "run", shutil.copytree(SHARDS, scratch / SHARDS.name)
+        command = [str(program()), *SMALL, "--train", SHARDS.name, "--val", "", "--steps", "1000000", "--checkpoint-every", "5", "--out", str(out)]
+        process = subprocess.Popen([*mpirun(1), "-wdir", str(SHARDS.parent), *command, ":", "-np", "1", "-wdir", str(scratch), *command], env=environment(),
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with job(process, out):
+            shard = sorted(other.glob("*train*.bin"))[0]
+            with shard.open("r+b") as file:
+                file.seek(shard.stat().st_size // 2)
+                file.write(bytes([7, 0]) * 2**20)
+            expect_end(process, out, 10, "rank 1 has other training data than rank 0 where step ")
 
 
 def test_fault_other_weights():

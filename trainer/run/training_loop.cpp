@@ -24,7 +24,8 @@ TrainingLoop::TrainingLoop(const Parts& parts)
     : p_(parts), first_step_(parts.state.step), step_(first_step_), outliers_(parts.config.outlier_window, parts.state.recent),
       saver_({.out = parts.config.out, .keep = parts.config.keep, .in_background = parts.config.checkpoint_every > 0}, parts.engine,
              parts.list, std::move(parts.state), parts.world, parts.held),
-      inputs_(size_t(parts.config.global_batch_tokens / parts.world.size())), targets_(inputs_.size()) {}
+      inputs_(size_t(parts.config.global_batch_tokens / parts.world.size())), targets_(inputs_.size()),
+      batch_check_(parts.train, parts.world, parts.train.samples_per_step() / parts.world.size()) {}
 
 // A signal reaches every rank at another time, or only one: all stop after the same step.
 bool TrainingLoop::stop_agreed() const {
@@ -76,6 +77,7 @@ void TrainingLoop::enqueue(int64_t step) {
     const Config& config = p_.config;
     const int64_t samples = p_.train.samples_per_step() / p_.world.size();  // this rank's of the global batch
     p_.train.fill(step, samples * p_.world.rank(), samples, inputs_.data(), targets_.data());
+    batch_check_.compare(step, inputs_, targets_);
     StepInputs in{.step = step, .learning_rate = learning_rate(config.lr_schedule(), step),
                   .inverse_valid_tokens = 1.0f / float(config.global_batch_tokens)};
     if (config.skips_loss_outliers()) in.loss_limit = outliers_.losses(step).limit(config.outlier_z);

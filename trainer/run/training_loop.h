@@ -12,6 +12,7 @@
 #include "trainer/outliers.h"
 #include "trainer/parallel.h"
 #include "trainer/parameters.h"
+#include "trainer/run/batch_check.h"
 #include "trainer/run/checkpoint_saver.h"
 #include "trainer/run/choices.h"
 #include "trainer/run/evaluation.h"
@@ -69,6 +70,7 @@ class TrainingLoop {
     OutlierDetector outliers_;
     CheckpointSaver saver_;
     std::vector<int> inputs_, targets_;  // the batch being made
+    BatchCheck batch_check_;
     std::deque<Pending> pending_;
     int skipped_in_a_row_ = 0;
     bool output_closed_ = false;
