@@ -42,7 +42,7 @@ struct Config {
     bool no_graph = false;
 
     // Ranks (GPUs), of mpirun, srun or torchrun
-    std::string shard = "none";        // none | optimizer | gradients | full
+    std::string shard = "optimizer";   // none | optimizer | gradients | full
     int replicate = 1;                 // groups of ranks that each hold a whole model; 1: one group of all
     std::string reduce_dtype = "f32";  // f32 | bf16: in which gradients travel (NCCL rounds BF16 at every hop)
     int timeout = 600;                 // seconds without progress of a rank that end the job

@@ -37,7 +37,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Batch", "global-batch-tokens", "tokens of an optimizer step: a multiple of micro-batch * seq-len"},
           c.global_batch_tokens);
 
-    visit(OptionInfo{"Ranks", "shard", "what is cut over the ranks: none, optimizer (ZeRO-1), gradients (2) or full (3)"}, c.shard);
+    visit(OptionInfo{"Ranks", "shard", "what is cut over the ranks: optimizer (ZeRO-1), gradients (2), full (3) or none, where every rank has all"}, c.shard);
     visit(OptionInfo{"Ranks", "replicate", "groups of ranks; slices are cut inside a group"}, c.replicate);
     visit(OptionInfo{"Ranks", "reduce-dtype", "f32 or bf16: in which gradients travel between ranks; slices of a group are added in f32, NCCL rounds bf16 sums of replicas at every hop"}, c.reduce_dtype);
     visit(OptionInfo{"Ranks", "timeout", "seconds without a rank's progress that end the job"}, c.timeout);
