@@ -205,6 +205,13 @@ def test_fault_mismatched_option():
         assert own_errors(done.stderr) == ["error: rank 1 has --seed 5, rank 0 has 1337: start every rank with the same program, options and data"], done.stderr
 
 
+def test_fault_out_of_memory():
+    with Scratch() as out:
+        command = [str(program()), *SMALL, "--n-layers", "8", "--dim", "1024", "--n-heads", "8", "--steps", "1", "--timeout", "20", "--out", str(out / "run")]
+        lines = two_places(out, out, command, ["sh", "-c", 'ulimit -v 1500000; exec "$@"', "sh", *command])  # the weights alone have 400 MB, thrice
+        assert lines == ["error: rank 1: not enough host memory: choose a smaller --model or --micro-batch"], lines
+
+
 def two_places(first, second, command, others=None):
     """Our lines of two ranks that read what is named relatively in another folder each; the second may be of another command."""
     done = subprocess.run([*mpirun(1), "-wdir", str(first), *command, ":", "-np", "1", "-wdir", str(second), *(others or command)], env=environment(),

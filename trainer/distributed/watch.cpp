@@ -137,7 +137,7 @@ void Watch::send_signs_of_life() {
 void Watch::receive(Seen& seen) {
     const ssize_t got = recv(seen.peer.connection.file(), seen.buffer + seen.filled, sizeof(Message) - seen.filled, MSG_DONTWAIT);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (got <= 0) return peer_is_gone(seen, "died");
+    if (got <= 0) return peer_is_gone(seen, "died: it was killed, perhaps for want of memory, or crashed");
     seen.filled += size_t(got);
     if (seen.filled < sizeof(Message)) return;
     seen.filled = 0;

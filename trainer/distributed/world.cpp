@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <mutex>
 #include <sstream>
+#include <system_error>
 #include <thread>
 
 #include "trainer/distributed/host_communicator.h"
@@ -281,7 +282,10 @@ void World::require_agreement(const std::vector<Fact>& facts) {
 }
 
 std::string described(const std::exception& error) {
-    return dynamic_cast<const std::bad_alloc*>(&error) ? "not enough host memory: choose a smaller --model or --micro-batch" : error.what();
+    if (dynamic_cast<const std::bad_alloc*>(&error)) return "not enough host memory: choose a smaller --model or --micro-batch";
+    const auto* system = dynamic_cast<const std::system_error*>(&error);
+    if (system && system->code() == std::errc::resource_unavailable_try_again) return "cannot start a thread: not enough host memory, or too many processes (ulimit -u)";
+    return error.what();
 }
 
 void World::fail(const std::exception& error) {

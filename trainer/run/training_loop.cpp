@@ -205,5 +205,5 @@ void TrainingLoop::save_last(int64_t steps_done) {
     saver_.write(checkpoint_info(p_.config, p_.engine, p_.train), outliers_.recent());
     const CheckpointSaver::Outcome outcome = saver_.wait();
     if (!outcome.path.empty()) p_.log.checkpoint(outcome.steps_done, outcome.path, outcome.seconds);
-    REQUIRE(outcome.problem.empty(), "%s", outcome.problem.c_str());
+    if (!outcome.problem.empty()) throw JobError(outcome.problem);  // of all ranks, and names the one
 }
