@@ -306,9 +306,9 @@ def efficiency(s):
 
 
 def measured_setting(m):
-    """Two H200s as fast, each alone, as one was."""
+    """H200s as fast, each alone, as one was."""
     shape = dataclasses.replace(SHAPES[0], micro_batch=m.micro_batch)
-    s = Setting(shape, 2, m.mode, tokens=m.tokens, device=Device({1: 1.0}, H200_COPY))
+    s = Setting(shape, m.gpus, m.mode, m.replicas, tokens=m.tokens, device=Device({1: 1.0}, H200_COPY))
     compute = m.tokens / m.alone - per_step_kernels(alone(s))
     mfu = s.micro_batches * micro_batch_flops(shape) / compute / PEAK
     return dataclasses.replace(s, device=Device({1: mfu}, H200_COPY))

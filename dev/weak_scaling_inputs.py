@@ -33,7 +33,7 @@ BARE = 1.5e-3                # seconds; fitted to the exposed time with 8,192 to
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of 1558M, tensorwise, on two H200s: tokens/s a GPU, ms of communication a step and of it exposed."""
+    """Of 1558M, tensorwise, on H200s of one host: tokens/s a GPU, ms of communication a step and of it exposed."""
     mode: str
     tokens: int              # of a GPU and step
     micro_batch: int
@@ -41,6 +41,8 @@ class Measured:
     rate: float
     communication_ms: float
     exposed_ms: float        # on the worse rank
+    gpus: int = 2
+    replicas: int = 1
 
 
 # tests/gpu_report/multi_gpu.json
