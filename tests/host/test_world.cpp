@@ -38,6 +38,7 @@ TEST(Launch, EveryLaunchersNames) {
         {"torchrun", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"Open MPI", {{"OMPI_COMM_WORLD_RANK", "5"}, {"OMPI_COMM_WORLD_SIZE", "8"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"Slurm", {{"SLURM_PROCID", "5"}, {"SLURM_STEP_NUM_TASKS", "8"}, {"SLURM_LOCALID", "1"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
     };
     for (const auto& [name, values] : cases) {
