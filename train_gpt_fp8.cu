@@ -82,6 +82,7 @@ void train(const Config& config, World& world, const RunRecord& record, Clock::t
 
 // What concerns no other rank. False: nothing of that was asked for.
 bool print_alone(const Config& config, const Launch& launch) {
+    if (!config.mode_note.empty() && launch.rank == 0) std::fprintf(stderr, "note: %s\n", config.mode_note.c_str());
     if (config.print_config) std::fputs(given_toml(config).c_str(), stdout);
     else if (config.help_markdown) std::fputs(options_markdown().c_str(), stdout);
     else if (config.verify) verify(config);

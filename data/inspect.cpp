@@ -18,7 +18,7 @@ struct CommandLine {
     std::vector<std::string> inputs;
     int samples = 3, sample_tokens = 60;
     uint64_t seed = 0;
-    std::string gpt2_ranks = kGpt2Ranks;
+    std::string gpt2_ranks;  // empty: where make_tokenizer looks
 };
 
 void define_options(CLI::App& app, CommandLine& line) {
@@ -27,7 +27,7 @@ void define_options(CLI::App& app, CommandLine& line) {
     app.add_option("--samples", line.samples, "texts to show of each file")->check(CLI::Range(0, 1000));
     app.add_option("--sample-tokens", line.sample_tokens, "tokens of a text")->check(CLI::Range(1, 100000));
     app.add_option("--seed", line.seed, "of the choice of texts");
-    app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (`make data-gpt2-ranks` brings them)");
+    app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (empty: deps/gpt2.tiktoken here or where the program was built, as `make data-gpt2-ranks` brings it)");
 }
 
 // One line: line ends as \n, what a terminal would act on as \xNN.

@@ -17,7 +17,7 @@ namespace {
 struct CommandLine {
     PrepareOptions prepare;
     std::string tokenizer = "bytes";
-    std::string gpt2_ranks = kGpt2Ranks;
+    std::string gpt2_ranks;  // empty: where make_tokenizer looks
 };
 
 using Clock = std::chrono::steady_clock;
@@ -33,7 +33,7 @@ void define_options(CLI::App& app, CommandLine& line) {
     app.add_option("INPUT", prepare.inputs, "text files, .jsonl files, either of them as .gz or .zst; and folders to search for such")->required();
     app.add_option("--out", prepare.out, "folder for the shards and meta.json")->required();
     app.add_option("--tokenizer", line.tokenizer, "bytes or gpt2");
-    app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (`make data-gpt2-ranks` brings them), for --tokenizer gpt2");
+    app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (empty: deps/gpt2.tiktoken here or where the program was built, as `make data-gpt2-ranks` brings it), for --tokenizer gpt2");
     app.add_option("--val-fraction", prepare.val_fraction, "part of the documents for validation, chosen by name");
     app.add_option("--shard-tokens", prepare.shard_tokens, "most tokens of one shard");
     app.add_option("--extensions", prepare.extensions, "of files in folders; \"none\": files without one");

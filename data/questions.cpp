@@ -1,10 +1,10 @@
 #include "data/questions.h"
 
 #include <charconv>
-#include <fstream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
-#include "data/reason.h"
+#include "data/mapped_file.h"
 #include "kernels/common/check.h"
 
 namespace {
@@ -44,15 +44,13 @@ Question parse_question(const std::string& line, const std::string& where) {
 }  // namespace
 
 std::vector<Question> read_questions(const std::string& path) {
-    std::ifstream file(path);
-    REQUIRE(file, "%s: cannot open: %s", path.c_str(), reason(errno).c_str());
+    std::istringstream file{std::string(MappedFile(path).bytes())};
     std::vector<Question> questions;
     std::string line;
     for (long long number = 1; std::getline(file, line); ++number) {
         if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
         questions.push_back(parse_question(line, message("%s line %lld", path.c_str(), number)));
     }
-    REQUIRE(file.eof(), "%s: cannot read: %s", path.c_str(), reason(errno).c_str());
     REQUIRE(!questions.empty(), "%s: holds no question", path.c_str());
     return questions;
 }

@@ -46,5 +46,6 @@ class ByteTokenizer final : public Tokenizer {
 // Where `make data-gpt2-ranks` puts GPT-2's ranks, from the repository's root.
 inline constexpr const char* kGpt2Ranks = "deps/gpt2.tiktoken";
 
-// name: "bytes" or "gpt2"; gpt2_ranks: the ranks file (gpt2_tokenizer.h), needed by "gpt2" only.
+// name: "bytes" or "gpt2"; gpt2_ranks: the ranks file (gpt2_tokenizer.h), needed by "gpt2" only. Empty: kGpt2Ranks in the folder
+// where the program was started, else in the program's own or one of the three around it (it is built into build/ARCH/ of the repository).
 std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name, const std::string& gpt2_ranks);

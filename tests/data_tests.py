@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 
 from program_runs import ROOT, Scratch, Skipped, SmallDisk, program
@@ -48,6 +49,24 @@ def refused(name, *options, **how):
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and not done.stdout, f"{options}: {done.stderr!r}"
     return lines[0]
+
+
+def test_ranks_are_found_where_the_program_was_built():
+    with Scratch() as out:
+        for folder in ("build/arch/data", "deps", "elsewhere"):
+            (out / folder).mkdir(parents=True)
+        copy = shutil.copy(program().parent / "data" / "prepare", out / "build/arch/data/prepare")
+        (out / "elsewhere" / "a.txt").write_text("some text")
+
+        def error():
+            done = subprocess.run([copy, "--out", "shards", "--tokenizer", "gpt2", "a.txt"], cwd=out / "elsewhere", capture_output=True, text=True, timeout=60)
+            assert done.returncode == 1, done.stdout + done.stderr
+            return done.stderr
+        absent = error()
+        for part in ("deps/gpt2.tiktoken", str(out / "build/arch/data"), "make data-gpt2-ranks", "--gpt2-ranks"):
+            assert part in absent, f"{part}: {absent}"
+        (out / "deps" / "gpt2.tiktoken").write_text("YQ== 0\n")  # whose fault is told with its name
+        assert str(out / "deps" / "gpt2.tiktoken") in error(), error()
 
 
 def test_wrong_usage_is_one_clear_line():

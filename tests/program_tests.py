@@ -203,6 +203,38 @@ def test_generate_from_a_checkpoint():
             assert len(done.stderr.splitlines()) == 1 and mention in done.stderr, done.stderr
 
 
+def test_options_beside_a_mode():
+    with Scratch() as out:
+        train(*TINY, "--steps", "2", "--eval-every", "0", "--out", str(out / "run"))
+        plain = train("--device", "cpu", "--max-tokens", "5", "--generate", str(out / "run"))
+        more = train("--device", "cpu", "--max-tokens", "5", "--generate", str(out / "run"), "--steps", "100", "--recipe", "bf16")
+        assert more.stdout == plain.stdout and "note: --generate has no use for --recipe, --steps\n" in more.stderr, more.stderr
+        assert "note" not in plain.stderr and train(*TINY, "--dry-run", "--prompt", "x").stderr == ""
+
+
+def test_what_is_no_regular_file_is_refused_at_once():
+    with Scratch() as out:
+        common = [*TINY, "--eval-every", "0", "--steps", "2"]
+        train(*common, "--out", str(out / "run"))
+        pipe = out / "pipe"
+        os.mkfifo(pipe)
+        for name in ("log", "header", "weights"):
+            shutil.copytree(out / "run", out / name)
+        for file in ("log/log.jsonl", "header/step_000002/checkpoint.json", "weights/step_000002/params.safetensors"):
+            (out / file).unlink()
+            os.mkfifo(out / file)
+        cases = [[*common, "--train", str(pipe)], [*common, "--val", str(pipe)], [*common, "--multiple-choice", str(pipe)], [*common, "--multiple-choice", "/dev/zero"],
+                 [*common, "--init-from", str(out / "header")], [*common, "--resume", str(out / "header" / "step_000002")],
+                 [*common, "--steps", "3", "--resume", str(out / "weights")], [*common, "--steps", "3", "--resume", "auto", "--out", str(out / "log")],
+                 ["--device", "cpu", "--generate", str(out / "header")], ["--device", "cpu", "--evaluate", str(out / "weights"), "--val", str(SHARDS)]]
+        for options in cases:
+            done = subprocess.run([str(program()), *options, *([] if "--out" in options else ["--out", str(out / "new")])], cwd=ROOT, capture_output=True, text=True, timeout=20)
+            errors = [line for line in done.stderr.splitlines() if not line.startswith("note")]
+            assert done.returncode == 1 and len(errors) == 1 and "is not a regular file" in errors[0], f"{options}: {done.stderr!r}"
+        done = subprocess.run(["bash", "-c", 'exec "$0" "$@" --print-config --config <(echo steps = 7)', str(program()), *TINY], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and "steps = 7\n" in done.stdout, done.stderr
+
+
 def test_multiple_choice():
     with Scratch() as out:
         train(*TINY, "--steps", "4", "--multiple-choice", str(QUESTIONS), "--out", str(out / "run"))
@@ -269,6 +301,9 @@ def test_verify_and_dry_run():
     assert "gathered weights" in four["full"] and "1 groups of 4" in four["full"], four["full"]
     other = subprocess.run([str(program()), *big], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "RANK": "1", "WORLD_SIZE": "4"})
     assert other.returncode == 0 and other.stdout == "", other.stdout  # one rank tells
+    start = time.monotonic()
+    done = train("--dry-run", "--device", "cpu", "--model", "gpt2-1558M", "--steps", "1000000000000")
+    assert "assumed: 5 GFLOP/s" in done.stdout and "years for 1000000000000 steps" in done.stdout and time.monotonic() - start < 20, done.stdout
     done = train(*TINY, "--dry-run")
     assert "measured on one micro-batch" in done.stdout and "tokens in 1 shards" in done.stdout, done.stdout
 

@@ -10,6 +10,7 @@
 
 #include "kernels/common/check.h"
 #include "trainer/checksum.h"
+#include "trainer/plain_file.h"
 
 namespace fs = std::filesystem;
 
@@ -137,6 +138,7 @@ std::string header_text(const CheckpointHeader& header) {
 
 CheckpointHeader read_header(const std::string& folder) {
     const std::string path = folder + "/" + kInfoFile;
+    require_plain_file(path);
     std::ifstream in(path, std::ios::binary);
     REQUIRE(in, "%s: no complete checkpoint: cannot open %s: %s", folder.c_str(), kInfoFile, std::strerror(errno));
     const std::string text{std::istreambuf_iterator<char>(in), {}};
@@ -151,6 +153,7 @@ CheckpointHeader read_header(const std::string& folder) {
     for (const char* name : {kParamsFile, kAdamFile}) {
         const std::string file = folder + "/" + name;
         REQUIRE(h.files.contains(name), "%s: damaged: files has no %s", path.c_str(), name);
+        require_plain_file(file);
         std::error_code error;
         const uint64_t size = fs::file_size(file, error);
         REQUIRE(!error, "%s: no complete checkpoint: %s", file.c_str(), error.message().c_str());

@@ -1,16 +1,19 @@
 #include "trainer/config.h"
 
 #include <CLI/CLI.hpp>
+#include <cctype>
+#include <cerrno>
 #include <charconv>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <numeric>
 #include <set>
-#include <sstream>
 #include <vector>
 
 #include "kernels/common/check.h"
@@ -36,7 +39,8 @@ std::string check_whole_number(const std::string& text) {
 std::string check_number(const std::string& text) {
     double value;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    return error == std::errc() && end == text.data() + text.size() ? "" : "must be a number, is " + text;
+    if (error == std::errc::invalid_argument || end != text.data() + text.size()) return "must be a number, is " + text;
+    return error == std::errc() && is_float(value) ? "" : std::string(kFloatRule) + ", is " + text;
 }
 
 struct CommandLineBuilder {
@@ -97,6 +101,8 @@ void require_known_flags(int argc, char** argv) {
     for_each_option(defaults, options);
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
+        const bool one_dash = word.size() > 2 && word[0] == '-' && std::isalpha(static_cast<unsigned char>(word[1])) && word != "-inf" && word != "-nan";  // -h is an option
+        REQUIRE(!one_dash, "%s: no such option%s", word.c_str(), suggestion(flag_of(word).substr(1), "--").c_str());
         if (!word.starts_with("--")) continue;
         const std::string name = flag_of(word).substr(2);
         REQUIRE(std::find(options.names.begin(), options.names.end(), name) != options.names.end(), "--%s: no such option%s", name.c_str(),
@@ -120,8 +126,13 @@ std::vector<std::string> last_of_repeated(int argc, char** argv) {
     return words;
 }
 
-// Puts what the command line says into `config`; returns the file of --config.
-std::string parse_command_line(int argc, char** argv, Config& config) {
+struct CommandLine {
+    std::string file;             // of --config
+    std::set<std::string> given;  // options that are on it
+};
+
+// Puts what the command line says into `config`.
+CommandLine parse_command_line(int argc, char** argv, Config& config) {
     std::string file;
     CLI::App app("Trains GPT models in FP8.", "train_gpt_fp8");
     app.set_help_flag("-h,--help", "print this and exit");
@@ -136,14 +147,26 @@ std::string parse_command_line(int argc, char** argv, Config& config) {
     } catch (const CLI::ParseError& error) {
         throw Error(error.what());
     }
-    return file;
+    REQUIRE(app.count("--config") == 0 || !file.empty(), "--config: is empty; give a TOML file");
+    CommandLine line{.file = file, .given = {}};
+    for (const CLI::Option* option : app.get_options())
+        if (option->count() > 0) line.given.insert(option->get_single_name());
+    return line;
 }
 
+// A pipe, as of a shell's <(...), serves too; what never ends does not.
 std::string read_text_file(const std::string& path) {
+    constexpr size_t kMostBytes = size_t(1) << 20;
+    REQUIRE(!std::filesystem::is_directory(path), "--config %s: is a folder; give a TOML file, such as the config.toml in a run's folder", path.c_str());
+    errno = 0;
     std::ifstream in(path, std::ios::binary);
-    std::ostringstream text;
-    REQUIRE(in && text << in.rdbuf(), "--config %s: cannot read", path.c_str());
-    return text.str();
+    REQUIRE(in, "--config %s: cannot open: %s", path.c_str(), std::strerror(errno));
+    std::string text(kMostBytes + 1, '\0');
+    in.read(text.data(), std::streamsize(text.size()));
+    REQUIRE(!in.bad(), "--config %s: cannot read: %s", path.c_str(), std::strerror(errno));
+    text.resize(size_t(in.gcount()));
+    REQUIRE(text.size() <= kMostBytes, "--config %s: has more than %zu bytes, is no file of options", path.c_str(), kMostBytes);
+    return text;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -233,13 +256,15 @@ Config parse_config(int argc, char** argv) {
     Config config;
     config.gemm_cache = default_gemm_cache();
     Config words_alone = config;
-    const std::string file = parse_command_line(argc, argv, words_alone);
-    if (!file.empty()) {
-        read_toml(read_text_file(file), "--config " + file, config);
+    const CommandLine line = parse_command_line(argc, argv, words_alone);
+    const std::string note = check_modes(words_alone, line.given);
+    if (!line.file.empty()) {
+        read_toml(read_text_file(line.file), "--config " + line.file, config);
         parse_command_line(argc, argv, config);
     } else {
         config = words_alone;
     }
+    config.mode_note = note;
     REQUIRE(config.resume != "auto" || !config.out.empty(), "--resume auto: needs --out, the folder to look in");
     config.warmup_is_default = config.warmup_steps == -1;
     if (config.warmup_is_default) config.warmup_steps = std::min<int64_t>(700, config.steps / 20);

@@ -59,7 +59,7 @@ struct Config {
     float temperature = 1.0f;  // 0: the likeliest token
     int top_k = 0;             // 0: all
     std::string multiple_choice;  // file of questions
-    std::string gpt2_ranks;       // file; empty: where make data-gpt2-ranks puts it
+    std::string gpt2_ranks;       // file; empty: where make_tokenizer looks
 
     // Files
     std::string out;  // empty becomes runs/DATE-TIME-MODEL in parse_config
@@ -81,6 +81,7 @@ struct Config {
     std::string evaluate;  // checkpoint: measure it
     bool print_config = false;  // print given_toml()
     bool dry_run = false, verify = false, help_markdown = false;
+    std::string mode_note;  // no option: a line on options of the command line that have no use there, or ""
 
     // What follows from the options.
     ModelSpec model_spec() const;                  // the row with its overrides

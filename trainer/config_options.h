@@ -1,7 +1,10 @@
 // The one list of options: the command line, --help, TOML files and the table of OPTIONS.md all come from it.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <iterator>
+#include <limits>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -71,7 +74,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Text", "max-tokens", "of a sample"}, c.max_tokens);
     visit(OptionInfo{"Text", "temperature", "divides the logits (0: always the likeliest token)"}, c.temperature);
     visit(OptionInfo{"Text", "top-k", "draw from the likeliest so many tokens (0: from all)"}, c.top_k);
-    visit(OptionInfo{"Text", "gpt2-ranks", "file of GPT-2's byte-pair ranks, for data of that tokenizer (empty: where `make data-gpt2-ranks` puts it)"}, c.gpt2_ranks);
+    visit(OptionInfo{"Text", "gpt2-ranks", "file of GPT-2's byte-pair ranks, for data of that tokenizer (empty: deps/gpt2.tiktoken here or where the program was built, as `make data-gpt2-ranks` brings it)"}, c.gpt2_ranks);
 
     visit(OptionInfo{"Files", "out", "folder of log and checkpoints (empty: runs/DATE-TIME-MODEL)"}, c.out);
     visit(OptionInfo{"Files", "checkpoint-every", "save every so many steps, in the background (0: only at the end)"}, c.checkpoint_every);
@@ -86,7 +89,7 @@ void for_each_option(C& c, Visitor&& visit) {
     visit(OptionInfo{"Logging and tuning", "profile", "trace so many steps after the second and print where their time went (0: none)"}, c.profile);
     visit(OptionInfo{"Logging and tuning", "profile-trace", "also write those steps' timeline to this file, for ui.perfetto.dev (ranks but the first add their number)"}, c.profile_trace);
 
-    visit(OptionInfo{kModes, "generate", "print samples of this checkpoint (its folder, or a run's)"}, c.generate);
+    visit(OptionInfo{kModes, "generate", "print samples of this checkpoint (its folder, or a run's): they continue --prompt; without one, each begins as a document does, after <|endoftext|>"}, c.generate);
     visit(OptionInfo{kModes, "evaluate", "measure this checkpoint (--val, --multiple-choice)"}, c.evaluate);
     visit(OptionInfo{kModes, "print-config", "print the configuration as TOML for --config; what nobody asked for, but follows from the moment, is a comment"}, c.print_config);
     visit(OptionInfo{kModes, "dry-run", "print memory, precision and the time that the run would take"}, c.dry_run);
@@ -106,8 +109,19 @@ constexpr SizeOption kSizes[] = {
     {"vocab-size", &Config::vocab_size, &ModelSpec::vocab_size}, {"seq-len", &Config::seq_len, &ModelSpec::seq_len},
 };
 
+// An Error if the command line, which gave these options, asks for two things instead of training, or for one of nothing. Returns
+// a note on options that the one it asks for has no use for, or "".
+std::string check_modes(const Config& config, const std::set<std::string>& given);
+
 // ", did you mean --steps?" for a name that nearly is one of an option; "" otherwise.
 std::string suggestion(const std::string& unknown, const char* dashes);
+
+// Whether it is a float, or nan or inf, whose own rules refuse them: else a tiny one would become 0, a huge one inf.
+inline constexpr const char* kFloatRule = "must be 0 or from 1.2e-38 to 3.4e38 in size";
+inline bool is_float(double value) {
+    const double size = std::abs(value);
+    return value == 0 || !std::isfinite(value) || (size >= double(std::numeric_limits<float>::min()) && size <= double(std::numeric_limits<float>::max()));
+}
 
 // A value as a TOML file has it.
 std::string toml_value(const std::string& text);

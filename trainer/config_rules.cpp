@@ -58,7 +58,8 @@ void validate_ranks(const Config& c) {
 
 // Written so that NaN fails.
 void validate_training(const Config& c) {
-    REQUIRE(c.steps >= 1, "--steps %lld: must be at least 1", ll(c.steps));
+    constexpr int64_t kMostSteps = 1'000'000'000'000;  // years of training; leaves room for products in 64 bits
+    REQUIRE(c.steps >= 1 && c.steps <= kMostSteps, "--steps %lld: must be at least 1, at most %lld", ll(c.steps), ll(kMostSteps));
     REQUIRE(c.lr > 0 && std::isfinite(c.lr), "--lr %g: must be above 0 and finite", double(c.lr));
     REQUIRE(c.min_lr_factor >= 0 && c.min_lr_factor <= 1, "--min-lr-factor %g: must be from 0 to 1", double(c.min_lr_factor));
     REQUIRE(c.warmup_steps >= 0 && c.warmup_steps <= c.steps, "--warmup-steps %lld: must be from 0 to --steps %lld",
@@ -84,7 +85,8 @@ void validate_training(const Config& c) {
 
 void validate_text(const Config& c) {
     REQUIRE(c.sample_every >= 0, "--sample-every %lld: must be at least 0", ll(c.sample_every));
-    REQUIRE(c.samples >= 1, "--samples %d: must be at least 1", c.samples);
+    constexpr int kMostSamples = 1024;  // rows of a pass
+    REQUIRE(c.samples >= 1 && c.samples <= kMostSamples, "--samples %d: must be at least 1, at most %d", c.samples, kMostSamples);
     REQUIRE(c.sample_every == 0 || c.micro_batch == 0 || c.samples <= c.micro_batch, "--samples %d: must be at most --micro-batch %d", c.samples, c.micro_batch);
     REQUIRE(c.max_tokens >= 1, "--max-tokens %d: must be at least 1", c.max_tokens);
     REQUIRE(c.temperature >= 0 && std::isfinite(c.temperature), "--temperature %g: must be at least 0 and finite", double(c.temperature));
@@ -95,9 +97,8 @@ void validate_text(const Config& c) {
 
 void validate_files(const Config& c) {
     const int modes = !c.generate.empty() + !c.evaluate.empty() + c.print_config + c.dry_run + c.verify + c.help_markdown;
-    REQUIRE(modes <= 1, "--generate, --evaluate, --print-config, --dry-run, --verify, --help-markdown: only one of them at a time");
     REQUIRE(c.evaluate.empty() || c.micro_batch > 0, "--micro-batch auto: is chosen for training; --evaluate needs a number");
-    REQUIRE(!c.train.empty() || modes == 1, "--train: is missing; give a folder, a file or a glob of token files");
+    REQUIRE(!c.train.empty() || modes > 0, "--train: is missing; give a folder, a file or a glob of token files");
     REQUIRE(c.eval_every >= 0, "--eval-every %lld: must be at least 0", ll(c.eval_every));
     REQUIRE(c.eval_tokens >= c.model_spec().seq_len || !c.evaluate.empty(), "--eval-tokens %lld: must be at least a sequence, %d", ll(c.eval_tokens), c.model_spec().seq_len);
     REQUIRE(c.checkpoint_every >= 0, "--checkpoint-every %lld: must be at least 0", ll(c.checkpoint_every));

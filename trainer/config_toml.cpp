@@ -16,6 +16,17 @@
 
 namespace {
 
+// A name that is known, but not for a file: what it is instead. "" for any other.
+std::string not_for_a_file(const std::string& name) {
+    if (name == "config") return "a file cannot name another one";
+    std::string mode = name == "help" ? "is for the command line" : "";
+    const Config defaults;
+    for_each_option(defaults, [&](const OptionInfo& info, const auto&) {
+        if (info.group == kModes && info.name == name) mode = "is no part of a run: give --" + name + " on the command line";
+    });
+    return mode;
+}
+
 // Puts one key's value into the field of its name.
 class FieldReader {
   public:
@@ -26,8 +37,12 @@ class FieldReader {
     void operator()(const OptionInfo& info, T& field) {
         if (key_ != info.name || info.group == kModes) return;
         found_ = true;
-        if (info.zero && node_.value_exact<std::string>() == info.zero) field = T{};
-        else read(field);
+        if (info.zero && node_.value_exact<std::string>() == info.zero) {
+            field = T{};
+            return;
+        }
+        read(field);
+        REQUIRE(!info.zero || field != T{}, "%s must be at least 1, or \"%s\", is 0", where().c_str(), info.zero);
     }
 
   private:
@@ -36,6 +51,7 @@ class FieldReader {
     void read(float& field) {
         const std::optional<double> value = node_.is_number() ? node_.value<double>() : std::nullopt;
         REQUIRE(value, "%s must be a number, is %s", where().c_str(), given().c_str());
+        REQUIRE(is_float(*value), "%s %s, is %s", where().c_str(), kFloatRule, given().c_str());
         field = float(*value);
     }
     template <typename Integer>
@@ -45,6 +61,7 @@ class FieldReader {
             const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), field);
             if (error == std::errc() && end == text->data() + text->size()) return;
         }
+        REQUIRE(!node_.is_floating_point(), "%s must be a whole number without point or exponent, is %s", where().c_str(), given().c_str());
         const std::optional<int64_t> value = node_.value_exact<int64_t>();
         const bool fits = value && std::in_range<Integer>(*value);
         REQUIRE(fits, "%s must be a whole number from %s to %s, is %s", where().c_str(), std::to_string(std::numeric_limits<Integer>::min()).c_str(),
@@ -61,6 +78,11 @@ class FieldReader {
     std::string where() const { return message("%s: line %u: %s:", file_.c_str(), node_.source().begin.line, key_.c_str()); }
     std::string given() const {
         if (const auto text = node_.value_exact<std::string>()) return toml_value(*text);
+        if (const auto number = node_.value_exact<double>()) {
+            char digits[32];
+            const std::string text(digits, std::to_chars(digits, digits + sizeof(digits), *number).ptr);
+            return text.find_first_of(".en") == std::string::npos ? text + ".0" : text;
+        }
         if (node_.is_table()) return "a table";
         if (node_.is_array()) return "an array";
         std::ostringstream text;
@@ -113,8 +135,10 @@ void read_toml(const std::string& text, const std::string& file, Config& config)
         const std::string name(key.str());
         FieldReader reader(file, name, node);
         for_each_option(config, reader);
+        const std::string other = not_for_a_file(name);
+        REQUIRE(other.empty(), "%s: line %u: %s: %s", file.c_str(), node.source().begin.line, name.c_str(), other.c_str());
         REQUIRE(reader.found(), "%s: line %u: unknown %s %s%s", file.c_str(), node.source().begin.line, node.is_table() ? "table" : "key",
-                name.c_str(), suggestion(name, "").c_str());
+                name.c_str(), node.is_table() ? ": every option stands on a line of its own, in no table" : suggestion(name, "").c_str());
     }
 }
 

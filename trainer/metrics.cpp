@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "kernels/common/check.h"
+#include "trainer/plain_file.h"
 
 namespace {
 
@@ -136,14 +137,15 @@ std::string format_rate(double per_s) {
     if (per_s < 999.5) return message("%.0f", per_s);
     if (per_s < 999.5e3) return scaled(per_s / 1e3, "k");
     if (per_s < 999.5e6) return scaled(per_s / 1e6, "M");
-    return scaled(per_s / 1e9, "G");
+    if (per_s < 999.5e9) return scaled(per_s / 1e9, "G");
+    return per_s < 1e18 ? scaled(per_s / 1e12, "T") : message("%.2e", per_s);
 }
 
 std::string format_bytes(double bytes) {
     if (bytes < 1023.5) return message("%.0f B", bytes);
-    const char* const units[] = {"KiB", "MiB", "GiB", "TiB"};
+    const char* const units[] = {"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
     int unit = 0;
-    for (bytes /= 1024; bytes >= 1023.95 && unit < 3; ++unit) bytes /= 1024;
+    for (bytes /= 1024; bytes >= 1023.95 && unit < 5; ++unit) bytes /= 1024;
     return message("%.1f %s", bytes, units[unit]);
 }
 
@@ -152,9 +154,11 @@ std::string format_duration(double seconds) {
     if (seconds < 0.00995) return message("%.2f ms", seconds * 1e3);
     if (seconds < 0.9995) return message("%.0f ms", seconds * 1e3);
     if (seconds < 59.95) return message("%.1f s", seconds);
-    const long long whole = std::llround(seconds), minutes = whole / 60, hours = minutes / 60;
+    const long long whole = std::llround(std::min(seconds, 1e17)), minutes = whole / 60, hours = minutes / 60;
     if (hours == 0) return message("%lld m %02lld s", minutes, whole % 60);
     if (hours < 24) return message("%lld h %02lld m", hours, minutes % 60);
+    const double days = seconds / 86400;
+    if (days >= 1000) return message(days < 3.65e6 ? "%.1f years" : "%.1e years", days / 365.25);
     return message("%lld d %02lld h", hours / 24, hours % 24);
 }
 
@@ -187,6 +191,7 @@ RunLog::RunLog(const RunLogOptions& options, const RunRecord& run)
     if (std::filesystem::exists(path_)) {
         REQUIRE(options_.resuming, "--out %s: holds the log.jsonl of another run; continue it with --resume auto, or choose "
                 "another folder", options_.out.c_str());
+        require_plain_file(path_);
         cut_log(path_, options_.first_step);
     }
     file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);

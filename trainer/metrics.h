@@ -29,9 +29,9 @@ double speed_of_light(double tokens_per_s, const TokenFlops& flops, const Peak& 
 // ---------------------------------------------------------------------------------------------------------------------
 // Text for people
 
-std::string format_rate(double per_s);         // 950, 41.2k, 1.27M, 2.10G
+std::string format_rate(double per_s);         // 950, 41.2k, 1.27M, 2.10G, 1.00T
 std::string format_bytes(double bytes);        // 512 B, 1.5 MiB, 12.3 GiB
-std::string format_duration(double seconds);   // 412 ms, 3.2 s, 5 m 12 s, 2 h 05 m, 3 d 04 h
+std::string format_duration(double seconds);   // 412 ms, 3.2 s, 5 m 12 s, 2 h 05 m, 3 d 04 h, 12.5 years
 std::string format_percent(double fraction, int decimals);  // 46.1 %, n/a for NaN
 std::string format_memory_table(const std::vector<MemoryRow>& rows);  // one line a row and the sum
 

@@ -26,13 +26,14 @@ ModelSpec find_model(const std::string& name) {
 }
 
 void validate(const ModelSpec& s) {
-    REQUIRE(s.n_layers >= 1, "--n-layers %d: must be at least 1", s.n_layers);
+    constexpr int kMostLayers = 2048, kMostFfn = 1 << 18;
+    REQUIRE(s.n_layers >= 1 && s.n_layers <= kMostLayers, "--n-layers %d: must be at least 1, at most %d", s.n_layers, kMostLayers);
     REQUIRE(s.n_heads >= 1, "--n-heads %d: must be at least 1", s.n_heads);
     REQUIRE(s.dim >= 8 && s.dim % 8 == 0 && s.dim <= 16384, "--dim %d: must be a multiple of 8 from 8 to 16384", s.dim);
     REQUIRE(s.dim % s.n_heads == 0, "--n-heads %d: must divide --dim %d", s.n_heads, s.dim);
     REQUIRE(s.head_dim() % 8 == 0 && s.head_dim() <= 256,
             "--dim %d / --n-heads %d = head dimension %d: must be a multiple of 8, at most 256", s.dim, s.n_heads, s.head_dim());
-    REQUIRE(s.ffn_dim >= 8 && s.ffn_dim % 8 == 0, "--ffn-dim %d: must be a positive multiple of 8", s.ffn_dim);
+    REQUIRE(s.ffn_dim >= 8 && s.ffn_dim % 8 == 0 && s.ffn_dim <= kMostFfn, "--ffn-dim %d: must be a positive multiple of 8, at most %d", s.ffn_dim, kMostFfn);
     constexpr int kMost = 1 << 24;  // of rows; leaves room for products of dimensions in 64 bits, and for padding in 32
     REQUIRE(s.vocab_size >= 2 && s.vocab_size <= kMost, "--vocab-size %d: must be from 2 to %d", s.vocab_size, kMost);
     REQUIRE(s.seq_len >= 1 && s.seq_len <= kMost, "--seq-len %d: must be from 1 to %d", s.seq_len, kMost);

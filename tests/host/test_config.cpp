@@ -129,7 +129,16 @@ TEST(Config, BadFilesAreErrors) {
         {{"'st\xC3\xA9ps' = 1\n"}, {"line 1: unknown key st\xC3\xA9ps"}},
         {{"out = 5\n"}, {"out: must be text in quotes, is 5"}},
         {{"micro-batch = \"most\"\n"}, {"micro-batch: must be"}},
-        {{"print-config = true\n"}, {"unknown key print-config"}},
+        {{"print-config = true\n"}, {"line 1: print-config: is no part of a run", "--print-config on the command line"}},
+        {{"generate = \"x\"\n"}, {"line 1: generate: is no part of a run", "--generate on the command line"}},
+        {{"config = \"x\"\n"}, {"line 1: config: a file cannot name another one"}},
+        {{"eps = 1e-300\n"}, {"eps: must be 0 or from 1.2e-38", "is 1e-300"}},
+        {{"lr = 1e39\n"}, {"lr: must be 0 or from 1.2e-38", "is 1e+39"}},
+        {{"steps = 1e3\n"}, {"steps: must be a whole number without point or exponent, is 1000.0"}},
+        {{"micro-batch = 0\n"}, {"micro-batch: must be at least 1, or \"auto\", is 0"}},
+        {{"help = true\n"}, {"help: is for the command line"}},
+        {{"[training]\nsteps = 5\n"}, {"unknown table training: every option stands on a line"}},
+        {{"lr = 1.0\nlr = 2.0\n"}, {"line 2: ", "lr"}},
         {{"\n\n[training]\nsteps = 5\n"}, {"unknown table training"}},
         {{"steps = 0\n"}, {"--steps 0", "at least 1"}},
     };
@@ -187,7 +196,21 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
         {{"--resume", "auto"}, {"--resume auto", "--out"}},
         {{"--val", "a\xff" "b"}, {"--val a", "must be UTF-8"}},
         {{"--micro-batch", "most"}, {"--micro-batch", "most"}},
-        {{"--dry-run", "--verify"}, {"--dry-run", "one of them"}},
+        {{"--dry-run", "--verify"}, {"--dry-run and --verify: give one of them"}},
+        {{"--verify", "--generate", "x"}, {"--generate and --verify: give one of them"}},
+        {{"-steps", "5"}, {"-steps: no such option, did you mean --steps?"}},
+        {{"--generate", ""}, {"--generate: is empty; give the folder"}},
+        {{"--evaluate", ""}, {"--evaluate: is empty; give the folder"}},
+        {{"--config", ""}, {"--config: is empty"}},
+        {{"--config", "/tmp"}, {"--config /tmp: is a folder"}},
+        {{"--config", "/dev/zero"}, {"--config /dev/zero: has more than 1048576 bytes"}},
+        {{"--eps", "1e-300"}, {"--eps: must be 0 or from 1.2e-38", "is 1e-300"}},
+        {{"--eps", "1e-400"}, {"--eps: must be 0 or from 1.2e-38", "is 1e-400"}},
+        {{"--lr", "1e39"}, {"--lr: must be 0 or from", "is 1e39"}},
+        {{"--samples", "1000000000"}, {"--samples 1000000000", "at most 1024"}},
+        {{"--steps", "9000000000000000000"}, {"--steps 9000000000000000000", "at most 1000000000000"}},
+        {{"--n-layers", "100000"}, {"--n-layers 100000", "at most 2048"}},
+        {{"--ffn-dim", "2147483640"}, {"--ffn-dim 2147483640", "at most 262144"}},
         {{"--skip-outliers", "all"}, {"--skip-outliers all", "none, loss, norm or both"}},
         {{"--skip-outliers", "loss", "--outlier-window", "0"}, {"--skip-outliers loss", "--outlier-window"}},
         {{"--outlier-window", "7"}, {"--outlier-window 7", "from 8"}},
@@ -204,6 +227,26 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
     }
     EXPECT_NE(error_of([] { parse({}); }).find("--train"), std::string::npos);
     EXPECT_EQ(error_of([] { parse({"--print-config"}); }), "");
+}
+
+TEST(Config, AnEmptyFileIsOne) {
+    const TempFolder folder;
+    for (const char* text : {"", "\n", "# nothing\n"}) {
+        write_file(folder / "run.toml", text);
+        EXPECT_EQ(to_toml(parse_with_data({"--config", folder / "run.toml", "--out", "x"})), to_toml(parse_with_data({"--out", "x"})));
+    }
+}
+
+// A file tells of a run, which a mode need not use all of; what somebody has just typed deserves a word.
+TEST(Config, OptionsThatAModeHasNoUseForAreNoted) {
+    const TempFolder folder;
+    write_file(folder / "run.toml", "steps = 5\ntrain = \"x\"\n");
+    const auto note = [&](std::vector<std::string> words) { return parse(words).mode_note; };
+    EXPECT_EQ(note({"--generate", "run", "--steps", "100", "--recipe", "bf16", "--deterministic", "--top-k", "5"}), "--generate has no use for --recipe, --steps");
+    EXPECT_EQ(note({"--generate", "run", "--prompt", "", "--device", "cpu", "--seed", "3", "--config", folder / "run.toml"}), "");
+    EXPECT_EQ(note({"--evaluate", "run", "--val", "v", "--temperature", "0"}), "--evaluate has no use for --temperature");
+    EXPECT_EQ(note({"--dry-run", "--prompt", "x"}), "");
+    EXPECT_EQ(note({"--train", "x", "--verify=false"}), "");
 }
 
 TEST(Config, AnyTextRoundTrips) {

@@ -65,6 +65,8 @@ TEST(Format, Rate) {
     EXPECT_EQ(format_rate(412'345), "412k");
     EXPECT_EQ(format_rate(1.27e6), "1.27M");
     EXPECT_EQ(format_rate(2.1e9), "2.10G");
+    EXPECT_EQ(format_rate(5.2e17), "520000T");
+    EXPECT_EQ(format_rate(4e24), "4.00e+24");
     EXPECT_EQ(format_rate(kInf), "n/a");
 }
 
@@ -73,6 +75,7 @@ TEST(Format, Bytes) {
     EXPECT_EQ(format_bytes(1536), "1.5 KiB");
     EXPECT_EQ(format_bytes(1024.0 * 1024 - 1), "1.0 MiB");
     EXPECT_EQ(format_bytes(12.3 * 1024 * 1024 * 1024), "12.3 GiB");
+    EXPECT_EQ(format_bytes(0x1p52), "4.0 PiB");
 }
 
 TEST(Format, Duration) {
@@ -84,6 +87,8 @@ TEST(Format, Duration) {
     EXPECT_EQ(format_duration(3599.9), "1 h 00 m");
     EXPECT_EQ(format_duration(7500), "2 h 05 m");
     EXPECT_EQ(format_duration(4 * 3600 + 3 * 86400), "3 d 04 h");
+    EXPECT_EQ(format_duration(12.5 * 365.25 * 86400), "12.5 years");
+    EXPECT_EQ(format_duration(1e30), "3.2e+22 years");
     EXPECT_EQ(format_duration(kNan), "n/a");
 }
 

@@ -44,7 +44,19 @@ void plan_on_gpu(const Config& config, const Parallel& parallel, bool has_gpu) {
     else print_time(config, share / sol_of_one * ranks, message("assumed: %.0f %% of the peak of every GEMM's format%s", 100 * share, ranks > 1 ? ", no time lost to the ranks" : ""));
 }
 
+// What a step there needs at the least, and a time by the rate of two cores on small models (5 GFLOP/s), where trying it would take long.
+void guess_on_reference(const Config& config) {
+    constexpr double kAssumedFlops = 5e9;
+    const ModelSpec model = config.model_spec();
+    std::printf("memory  of the reference device: more than %s of weights, gradients and moments (too large to be tried here)\n",
+                format_bytes(4.0 * sizeof(float) * double(make_parameters(model).published_count())).c_str());
+    print_time(config, kAssumedFlops / flops_per_token(model, model.seq_len).total(), message("assumed: %.0f GFLOP/s", kAssumedFlops / 1e9));
+}
+
 void plan_on_reference(const Config& config) {
+    constexpr double kMostTriedFlops = 1e10;
+    const ModelSpec shape = config.model_spec();
+    if (flops_per_token(shape, shape.seq_len).total() * double(config.micro_batch_tokens()) > kMostTriedFlops) return guess_on_reference(config);
     Config one = config;
     one.global_batch_tokens = config.micro_batch_tokens();
     const std::unique_ptr<Engine> engine = make_engine(one);

@@ -6,7 +6,7 @@
 
 std::unique_ptr<Tokenizer> text_tokenizer(const std::string& name, const Config& config, const char* option) {
     REQUIRE(name != tokenizer_name(TokenizerId::unknown), "%s: needs a tokenizer, and the training data does not say which one made it: use shards of data/prepare", option);
-    return make_tokenizer(name, config.gpt2_ranks.empty() ? kGpt2Ranks : config.gpt2_ranks);
+    return make_tokenizer(name, config.gpt2_ranks);
 }
 
 void require_same_tokenizer(const TokenizerOf& a, const TokenizerOf& b) {

@@ -176,8 +176,11 @@ StartPoint fresh_start(const Config& config, const ParameterList& list, const He
 
 std::string find_checkpoint(const std::string& path, const char* option) {
     if (fs::exists(fs::path(path) / "checkpoint.json")) return path;
-    REQUIRE(fs::is_directory(path), "%s %s: no such folder", option, path.c_str());
+    REQUIRE(fs::is_directory(path), "%s %s: %s", option, path.c_str(), fs::exists(path) ? "is not a folder" : "no such folder");
     const std::string latest = find_latest(path);
+    if (!latest.empty()) return latest;
+    const std::vector<std::string> damaged = find_latest_intact(path).damaged;
+    REQUIRE(damaged.empty(), "%s %s: holds no checkpoint that is intact: %s", option, path.c_str(), damaged.front().c_str());
     REQUIRE(!latest.empty(), "%s %s: holds no checkpoint", option, path.c_str());
     return latest;
 }
