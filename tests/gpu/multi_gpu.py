@@ -31,6 +31,7 @@ import time
 
 from multi_gpu_runs import (Failed, Report, Runs, Skipped, as_torchrun, environment, gpu_memory_mib, memory_gib, own_errors, own_line, program,
                             ranks_of, records)
+from multi_gpu_torch import Peer, Torchrun
 
 MODELS = {"gpt2-124M": ["--model", "gpt2-124M"], "gpt2-1558M": ["--model", "gpt2-1558M"],
           "gpt2-3B": ["--model", "gpt2-1558M", "--dim", "2560", "--n-layers", "36", "--n-heads", "40"],
@@ -229,33 +230,6 @@ class Losses:
                     f"differences over {len(one)} evaluations {difference:.5f} and {spread:.5f}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Torchrun:
-    """PyTorch's own launcher starts what mpirun starts: the same ranks, over TCP instead of MPI, and so the same losses."""
-    name = "torchrun instead of mpirun"
-
-    def seconds(self):
-        return 40
-
-    def run(self, report, runs):
-        if subprocess.run([sys.executable, "-c", "import torch"], capture_output=True).returncode != 0:
-            raise Skipped("needs PyTorch")
-        model = [*MODELS["tiny" if runs.a.rehearse else "mini"], "--micro-batch", 4, "--global-batch-tokens", (64 if runs.a.rehearse else 256) * 4 * runs.a.ranks]
-        options = [*model, "--steps", 20, "--eval-every", 0, "--checkpoint-every", 0, "--deterministic", "--shard", "full"]
-        losses = []
-        for launcher in ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(runs.a.ranks), "--no-python"], None):
-            out, command = runs.command(runs.a.ranks, *options)
-            if launcher:
-                command = [*launcher, *command[command.index(str(program())):]]
-            done = subprocess.run(command, env=environment(NCCL_NVLS_ENABLE="0"), capture_output=True, text=True, timeout=300)
-            if done.returncode != 0:
-                raise Failed(own_line(done.stderr))
-            losses.append([r["loss"] for r in records(out, "step")])
-        same = losses[0] == losses[1] and len(losses[0]) == 20
-        report.test(self.name, "pass" if same else "fail", f"{len(losses[0])} losses of {runs.a.ranks} ranks, the last {losses[0][-1]:.6f} and {losses[1][-1]:.6f}: " +
-                    ("equal bits" if same else "they differ"))
-
-
 def losses_of(out):
     """Of its evaluations but that at the start; the folder, with its checkpoints, is gone."""
     losses = [r["loss"] for r in records(out, "eval")[1:]]
@@ -352,13 +326,13 @@ def rows(rehearse, ranks):
     losses = [Losses(recipe, mode) for recipe in ("tensorwise", "bf16") for mode in ("full", "none")]
     if rehearse:
         return [*speeds("tiny", "tensorwise", many, "alone", *MODES), *speeds("tiny", "bf16", FEW_TOKENS, "alone", "full"),
-                Gathered("full"), Gathered("gradients"), *faults, *losses, Torchrun()]
+                Gathered("full"), Gathered("gradients"), *faults, *losses, Torchrun(), Peer("bf16", ())]
     wanted = [*speeds(large, "tensorwise", FEW_TOKENS, "alone", "optimizer", "full"), *speeds(large, "tensorwise", many, "alone", "optimizer", "full"),
               *losses, *[Gathered(mode) for mode in ("full", "gradients")], *faults]
     for recipe in ("tensorwise", "bf16"):
         for model, tokens in ((large, FEW_TOKENS), (large, many), (small, many), (huge, FEW_TOKENS)):
             wanted += speeds(model, recipe, tokens, "alone", *MODES)
-    wanted += [*speeds(huge, "tensorwise", HUGE_TOKENS, "alone", *MODES), Torchrun(), *of_four(FEW_TOKENS), *of_four(many)]
+    wanted += [*speeds(huge, "tensorwise", HUGE_TOKENS, "alone", *MODES), Torchrun(), *[Peer(recipe, (FEW_TOKENS, many)) for recipe in ("bf16", "tensorwise")], *of_four(FEW_TOKENS), *of_four(many)]
     return list(dict.fromkeys(wanted))
 
 

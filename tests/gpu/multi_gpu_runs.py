@@ -37,11 +37,14 @@ class Report:
             return print(f"keeps {name}", flush=True)
         self.tests = [test for test in self.tests if test["name"] != name] + [{"name": name, "status": status, "figure": figure}]
         if row:
-            self.bench = [other for other in self.bench if other["name"] != name] + [{"name": name, **row}]
+            self.row(name, row)
         print(f"{status:5} {name}: {figure}", flush=True)
         if self.path:
             self.path.write_text(json.dumps({"tests": self.tests, "bench": self.bench}, indent=1) + "\n")
         return None
+
+    def row(self, name, row):
+        self.bench = [other for other in self.bench if other["name"] != name] + [{"name": name, **row}]
 
     def has(self, name):
         return any(test["name"] == name and test["status"] != "skip" for test in self.tests)

@@ -124,7 +124,7 @@ def entries():
     found.append(Entry("mutants", [(CHECKS, mutants)], checked, ["tests/mutants.py"], long=True))
     shards = os.environ.get("LEARNING_SHARDS", "shards/code_gpt2")
     found.append(Entry("multi_gpu", [(BENCHMARKS, python_test("multi_gpu.py", "--train", shards, "--val", shards, *os.environ.get("MULTI_GPU_OPTIONS", "").split()))], ["train_gpt_fp8"] + library,
-                       ["tests/gpu/multi_gpu.py", "tests/gpu/multi_gpu_runs.py", "tests/distributed_tests.py", "tests/program_runs.py"], long=True))
+                       ["tests/gpu/multi_gpu.py", "tests/gpu/multi_gpu_runs.py", "tests/gpu/multi_gpu_torch.py", "tests/gpu/fsdp_peer.py", "tests/gpu/train_peers.py", "tests/distributed_tests.py", "tests/program_runs.py"], long=True))
     runs = os.environ.get("LEARNING_RUNS", "runs/learning")
     found.append(Entry("learning", [(CHECKS, python_test("learning.py", "--shards", shards, "--work", runs, "--plot", str(FOLDER / "learning.png")))],
                        ["train_gpt_fp8", "dev/export_run"] + library, ["tests/gpu/learning.py", "dev/plot.py", "dev/run_log.py"], long=True))
