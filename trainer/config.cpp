@@ -101,8 +101,9 @@ void require_known_flags(int argc, char** argv) {
     for_each_option(defaults, options);
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
-        const bool one_dash = word.size() > 2 && word[0] == '-' && std::isalpha(static_cast<unsigned char>(word[1])) && word != "-inf" && word != "-nan";  // -h is an option
-        REQUIRE(!one_dash, "%s: no such option%s", word.c_str(), suggestion(flag_of(word).substr(1), "--").c_str());
+        const bool value = i > 1 && std::string(argv[i - 1]).starts_with("--");  // of --prompt, for one
+        const bool one_dash = word.size() > 2 && word[0] == '-' && std::isalpha(static_cast<unsigned char>(word[1]));  // -h is an option
+        REQUIRE(!one_dash || value, "%s: no such option%s", word.c_str(), suggestion(flag_of(word).substr(1), "--").c_str());
         if (!word.starts_with("--")) continue;
         const std::string name = flag_of(word).substr(2);
         REQUIRE(std::find(options.names.begin(), options.names.end(), name) != options.names.end(), "--%s: no such option%s", name.c_str(),

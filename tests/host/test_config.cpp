@@ -229,6 +229,11 @@ TEST(Config, ErrorsNameOptionValueAndRule) {
     EXPECT_EQ(error_of([] { parse({"--print-config"}); }), "");
 }
 
+TEST(Config, AValueMayBeginWithADash) {
+    EXPECT_EQ(parse_with_data({"--prompt", "-abc d"}).prompt, "-abc d");
+    EXPECT_EQ(parse_with_data({"--prompt=--abc"}).prompt, "--abc");
+}
+
 TEST(Config, AnEmptyFileIsOne) {
     const TempFolder folder;
     for (const char* text : {"", "\n", "# nothing\n"}) {
