@@ -35,10 +35,10 @@ TEST(Launch, AloneWithoutALauncher) {
 
 TEST(Launch, EveryLaunchersNames) {
     const std::pair<const char*, std::map<std::string, std::string>> cases[] = {
-        {"torchrun", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
-        {"Open MPI", {{"OMPI_COMM_WORLD_RANK", "5"}, {"OMPI_COMM_WORLD_SIZE", "8"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
-        {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
-        {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"torchrun", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"Open MPI", {{"OMPI_COMM_WORLD_RANK", "5"}, {"OMPI_COMM_WORLD_SIZE", "8"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "4"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"Slurm", {{"SLURM_PROCID", "5"}, {"SLURM_STEP_NUM_TASKS", "8"}, {"SLURM_LOCALID", "1"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
     };
     for (const auto& [name, values] : cases) {
@@ -47,6 +47,7 @@ TEST(Launch, EveryLaunchersNames) {
         EXPECT_EQ(launch.rank, 5) << name;
         EXPECT_EQ(launch.size, 8) << name;
         EXPECT_EQ(launch.local_rank, 1) << name;
+        EXPECT_EQ(launch.local_size, name == std::string("Slurm") ? -1 : 4) << name;
         EXPECT_EQ(launch.address, "node1") << name;
         EXPECT_EQ(launch.port, 1234) << name;
     }
@@ -217,6 +218,7 @@ TEST(World, RanksOfAnotherSizeAreRefused) {
     EXPECT_TRUE(outcome.all(1)) << outcome.errors;
     EXPECT_EQ(outcome.lines(), 1) << outcome.errors;
     EXPECT_NE(outcome.errors.find("rank 2 of 4"), std::string::npos) << outcome.errors;
+    EXPECT_LT(outcome.seconds, 4);
 }
 
 TEST(World, DisagreementNamesRankAndValues) {

@@ -8,16 +8,16 @@
 namespace {
 
 struct Launcher {
-    const char *name, *rank, *size, *local_rank, *job, *address;
+    const char *name, *rank, *size, *local_rank, *local_size, *job, *address;
 };
 // The first launcher whose rank and size are both set; torchrun's processes may run inside of srun, Open MPI's too.
 constexpr Launcher kLaunchers[] = {
-    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", nullptr},
-    {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_NAMESPACE", nullptr},
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", nullptr},
+    {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_NAMESPACE", nullptr},
     // Slurm's too: srun --mpi=pmi2.
-    {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "PMI_JOBID", "SLURM_LAUNCH_NODE_IPADDR"},
+    {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_JOBID", "SLURM_LAUNCH_NODE_IPADDR"},
     // A step's own count: a batch script has SLURM_NTASKS too, and is one process.
-    {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR"},
+    {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", nullptr, "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR"},
 };
 
 int number(const Environment& environment, const char* name, int least, int most) {
@@ -46,6 +46,7 @@ Launch find_launch(const Environment& environment) {
         launch.size = number(environment, l.size, 1, kMostRanks);
         launch.rank = number(environment, l.rank, 0, launch.size - 1);
         if (is_set(environment, l.local_rank)) launch.local_rank = number(environment, l.local_rank, 0, launch.size - 1);
+        if (is_set(environment, l.local_size)) launch.local_size = number(environment, l.local_size, 1, launch.size);
         if (is_set(environment, l.job)) launch.job = environment(l.job);
         if (is_set(environment, l.address)) launch.address = environment(l.address);
         break;

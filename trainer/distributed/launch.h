@@ -7,6 +7,7 @@
 struct Launch {
     int rank = 0, size = 1;
     int local_rank = -1;    // among the ranks of this machine; -1: the launcher does not say
+    int local_size = -1;    // ranks of this machine
     std::string launcher;   // "" without one
     std::string address;    // of rank 0, "" when nothing says
     int port = 0;           // MASTER_PORT, under torchrun the one after it: torchrun's own store listens at that; 0: when nothing says

@@ -131,7 +131,7 @@ std::string place(const Meeting& meeting) {
     return where + message(", port %d", meeting.port);
 }
 
-Socket connect_to_rank_0(const Launch& launch, const Meeting& meeting, double timeout_s, const Speaker& speaker) {
+Socket connect_to_rank_0(const Launch& launch, const Meeting& meeting, double timeout_s, Speaker& speaker) {
     const Clock::time_point deadline = seconds_from_now(timeout_s);
     while (true) {
         if (Socket socket = connect_before(meeting.addresses, meeting.port, std::min(deadline, seconds_from_now(kLook)))) return socket;
@@ -158,7 +158,7 @@ Welcome welcome_of_rank_0(const Launch& launch, const Meeting& meeting, double t
     return welcome;
 }
 
-Met join(const Launch& launch, const Meeting& meeting, double timeout_s, const Speaker& speaker) {
+Met join(const Launch& launch, const Meeting& meeting, double timeout_s, Speaker& speaker) {
     Socket connections[kChannels];
     for (int channel = 0; channel < kChannels; ++channel) {
         connections[channel] = connect_to_rank_0(launch, meeting, timeout_s, speaker);
@@ -177,7 +177,7 @@ Met join(const Launch& launch, const Meeting& meeting, double timeout_s, const S
 
 }  // namespace
 
-Met meet(const Launch& launch, Meeting meeting, double timeout_s, const Speaker& speaker) {
+Met meet(const Launch& launch, Meeting meeting, double timeout_s, Speaker& speaker) {
     if (launch.rank == 0) return Host(launch, std::move(meeting), timeout_s).wait_for_all();
     return join(launch, meeting, timeout_s, speaker);
 }

@@ -28,4 +28,4 @@ struct Met {
 
 // After `timeout_s`, or as soon as a rank is known to be gone, a JobError that names who is missing. A rank that rank 0 tells so ends
 // without a word.
-Met meet(const Launch& launch, Meeting meeting, double timeout_s, const Speaker& speaker);
+Met meet(const Launch& launch, Meeting meeting, double timeout_s, Speaker& speaker);

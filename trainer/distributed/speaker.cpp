@@ -5,6 +5,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -14,7 +15,8 @@
 
 namespace {
 
-constexpr double kTimeToName = 2, kLinger = 1;  // s
+constexpr double kTimeToName = 3, kTimeToJoin = 1, kTick = 0.05;  // s
+constexpr int kSpoken = -1;  // rank 0's word to the speaker, in place of its number
 using seconds = std::chrono::duration<double>;
 
 // Abstract: it has no file, and goes with the process.
@@ -56,22 +58,54 @@ bool Speaker::hears(double within_s) const {
     return poll(&entry, 1, int(within_s * 1000)) > 0 && recv(connection_.file(), &word, 1, MSG_PEEK | MSG_DONTWAIT) == 1;
 }
 
-void Speaker::leave_if_spoken() const {
-    if (connection_ && hears(0)) _exit(1);
+void Speaker::listen_for(double duration_s) {
+    const Clock::time_point end = seconds_from_now(duration_s);
+    do {
+        if (Socket other = accept_before(listener_, std::min(end, seconds_from_now(kTick)))) others_.push_back(std::move(other));
+        for (const Socket& other : others_) {
+            int rank = 0;
+            if (recv(other.file(), &rank, sizeof rank, MSG_DONTWAIT) != sizeof rank) continue;
+            if (rank == kSpoken) rank_0_spoke_ = true;
+            else waiting_.insert(rank);
+        }
+    } while (Clock::now() < end);
 }
 
+// Others that come soon hear it too.
+void Speaker::leave() {
+    for (int i = 0; listener_ && i < kTimeToJoin / kTick; ++i) {
+        listen_for(kTick);
+        for (const Socket& other : others_) send(other.file(), "s", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    }
+    _exit(1);
+}
+
+void Speaker::leave_if_spoken() {
+    if (connection_ && hears(0)) _exit(1);
+    if (listener_) listen_for(0);
+    if (rank_0_spoke_) leave();
+}
+
+void Speaker::end(const Line& line) { end_after(kTimeToJoin, line); }
+
 void Speaker::end(const std::string& line) {
+    if (launch_.rank != 0) end_after(0, [&](const std::set<int>&) { return line; });
+    std::fprintf(stderr, "error: %s\n", line.c_str());
+    if (connection_) send(connection_.file(), &kSpoken, sizeof kSpoken, MSG_NOSIGNAL | MSG_DONTWAIT);
+    leave();
+}
+
+void Speaker::end_after(double collect_s, const Line& line) {
     if (!on_first_machine_) std::this_thread::sleep_for(seconds(kTimeToName));
     while (connection_) {
+        send(connection_.file(), &launch_.rank, sizeof launch_.rank, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (hears(kTimeToName)) _exit(1);
         ++election_;  // the speaker is gone, or stopped
         connection_ = {};
         listen_or_connect();
     }
-    std::fprintf(stderr, "error: %s\n", line.c_str());
-    for (const Clock::time_point end = seconds_from_now(kLinger); listener_ && Clock::now() < end;) {
-        const Socket other = accept_before(listener_, end);
-        if (other) send(other.file(), "s", 1, MSG_NOSIGNAL | MSG_DONTWAIT);
-    }
-    _exit(1);
+    waiting_.insert(launch_.rank);
+    if (listener_) listen_for(collect_s);
+    if (!rank_0_spoke_) std::fprintf(stderr, "error: %s\n", line(waiting_).c_str());
+    leave();
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <system_error>
 #include <thread>
@@ -22,13 +23,19 @@ constexpr int kDefaultPort = 29500;  // torchrun's
 
 void mpi_check(const char* failed) { REQUIRE(failed == nullptr, "%s failed", failed); }
 
-// MPI hangs where another rank never comes, and the watch starts only after the meeting.
+// MPI hangs where another rank never comes, and the watch starts only after the meeting. Time in which this process itself was
+// stopped does not count: it wakes as its launcher ends it, when others have said who hangs.
 class StartTimer {
   public:
-    StartTimer(double timeout_s, Speaker& speaker, const std::string& line)
+    StartTimer(double timeout_s, Speaker& speaker, const Speaker::Line& line)
         : thread_([this, timeout_s, line, &speaker] {
               std::unique_lock lock(mutex_);
-              if (!done_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return over_; })) speaker.end(line);
+              for (double waited_s = 0; waited_s < timeout_s;) {
+                  const Clock::time_point start = Clock::now();
+                  if (done_.wait_for(lock, std::chrono::milliseconds(100), [&] { return over_; })) return;
+                  waited_s += std::min(seconds_since(start), 1.0);
+              }
+              speaker.end(line);
           }) {}
     ~StartTimer() {
         {
@@ -45,6 +52,17 @@ class StartTimer {
     bool over_ = false;
     std::thread thread_;
 };
+
+// `waiting`: the ranks of this machine that wait for it.
+std::string mpi_has_not_started(const Launch& launch, double timeout_s, const std::set<int>& waiting) {
+    std::string missing;
+    for (int r = 0; r < launch.size; ++r)
+        if (!waiting.contains(r)) missing += (missing.empty() ? "" : ", ") + std::to_string(r);
+    if (launch.local_size == launch.size && !missing.empty())
+        return message("rank %s of %d has not started MPI within %g s: it did not start, or is stopped, or hangs", missing.c_str(), launch.size, timeout_s);
+    return message("rank %d of %d (%s): MPI has not started within %g s: another rank did not start, hangs, or is not reached: look for its process, and for "
+                   "mpirun's network (--mca btl_tcp_if_include)", launch.rank, launch.size, host_name().c_str(), timeout_s);
+}
 
 // The plugin lies where the program lies, or above it (tests).
 std::string find_plugin() {
@@ -178,8 +196,7 @@ World::World(const Launch& launch, double timeout_s) : launch_(launch), host_(st
 }
 
 Meeting World::arrange_meeting(double timeout_s, Speaker& speaker) {
-    const StartTimer timer(timeout_s, speaker, message("rank %d of %d (%s): MPI has not started within %g s: another rank was not started, hangs, or is not reached: look "
-                                                       "for its process, and for mpirun's network (--mca btl_tcp_if_include)", rank(), size(), host_name().c_str(), timeout_s));
+    const StartTimer timer(timeout_s, speaker, [&](const std::set<int>& ranks) { return mpi_has_not_started(launch_, timeout_s, ranks); });
     load_mpi();
     return mpi_ ? meeting_over_mpi() : meeting_of_environment();
 }
