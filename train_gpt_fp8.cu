@@ -96,6 +96,7 @@ bool print_alone(const Config& config, const Launch& launch) {
 void run(int argc, char** argv) {
     const Clock::time_point program_start = Clock::now();
     const Launch launch = find_launch([](const char* name) -> const char* { return std::getenv(name); });
+    if (launch.launcher == "torchrun" && !launch.job.empty()) stop_without_parent();
     Config config;
     std::unique_ptr<Error> bad_options;
     try {

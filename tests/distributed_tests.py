@@ -158,8 +158,9 @@ def ranks_of(out):
             if not entry.name.isdigit() or str(out).encode() not in (entry / "cmdline").read_bytes().split(b"\0"):
                 continue
             variables = dict(v.split(b"=", 1) for v in (entry / "environ").read_bytes().split(b"\0") if b"=" in v)
-            if b"OMPI_COMM_WORLD_RANK" in variables:
-                found[int(variables[b"OMPI_COMM_WORLD_RANK"])] = int(entry.name)
+            for name in (b"OMPI_COMM_WORLD_RANK", b"RANK"):
+                if name in variables:
+                    found[int(variables[name])] = int(entry.name)
     return found
 
 
@@ -359,6 +360,34 @@ def test_torchrun_environment():
         if shutil.which("mpirun"):
             train(2, *options, "--out", str(out / "mpi"))
             assert losses_of(out / "tcp") == losses_of(out / "mpi"), "TCP and MPI differ"
+
+
+TORCHRUN_THAT_DIES = """
+import os, signal, subprocess, sys, time
+for rank in "01":
+    subprocess.Popen(sys.argv[2:], env=os.environ | {"RANK": rank, "LOCAL_RANK": rank})
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_torchrun_leaves_no_ranks():
+    """They save and end, as on SIGTERM."""
+    with Scratch() as scratch, store_of_torchrun() as store:
+        out = scratch / "run"
+        variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+        subprocess.run([sys.executable, "-c", TORCHRUN_THAT_DIES, str(out / "step_000005"), str(program()), *SMALL, "--steps", "1000000", "--checkpoint-every", "5",
+                        "--out", str(out)], cwd=ROOT, env=environment(**variables), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+        start = time.monotonic()
+        while ranks_of(out) and time.monotonic() < start + 20:
+            time.sleep(0.1)
+        left = ranks_of(out)
+        for pid in left.values():
+            os.kill(pid, signal.SIGKILL)
+        assert not left, f"ranks {sorted(left)} are still there"
+        newest = max(json.loads(p.read_text())["step"] for p in out.glob("step_*/checkpoint.json"))
+        assert newest == records(out, "step")[-1]["step"]
 
 
 SRUN = """#!/bin/bash

@@ -68,7 +68,7 @@ CheckpointSaver::Outcome CheckpointSaver::save(const CheckpointInfo& info) {
         outcome.path = save_checkpoint(options_.out, info, list_, state_);
         prune_checkpoints(options_.out, options_.keep);
     } catch (const std::exception& error) {
-        outcome.problem = error.what();
+        outcome.problem = described(error);
     }
     outcome.seconds = now_s() - start_s_;
     return outcome;
@@ -104,7 +104,7 @@ void CheckpointSaver::begin_together() {
     try {
         if (world_.rank() == 0) begin_checkpoint(options_.out, list_, state_.step);
     } catch (const std::exception& error) {
-        problem = error.what();
+        problem = described(error);
     }
     problem = first_problem(problem);
     running_ = std::async(std::launch::async, [this, problem] {
@@ -121,7 +121,7 @@ CheckpointSaver::Outcome CheckpointSaver::save_part() {
         const PartOfRank part{.replica = world_.rank() / list_.ranks, .replicas = replicas, .rank = world_.rank(), .ranks = world_.size()};
         part_ = write_part(options_.out, list_, held_, part, state_);
     } catch (const std::exception& error) {
-        outcome.problem = error.what();
+        outcome.problem = described(error);
     }
     return outcome;
 }
@@ -137,7 +137,7 @@ CheckpointSaver::Outcome CheckpointSaver::publish_together(Outcome outcome) {
         else abandon_checkpoint(options_.out, state_.step);
         prune_checkpoints(options_.out, options_.keep);
     } catch (const std::exception& error) {
-        problem = error.what();
+        problem = described(error);
         if (outcome.path.empty()) abandon_checkpoint(options_.out, state_.step);
     }
     outcome.path = world_.all_texts(outcome.path)[0];

@@ -1,5 +1,6 @@
 #include "trainer/run/stop.h"
 
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -45,5 +46,7 @@ void stop_on_signals(int rank) {
     for (const int signal : {SIGINT, SIGTERM, SIGHUP})
         if (std::signal(signal, request_stop) == SIG_IGN) std::signal(signal, SIG_IGN);  // nohup's is to stay
 }
+
+void stop_without_parent() { prctl(PR_SET_PDEATHSIG, SIGTERM); }
 
 bool stop_requested() { return requested != 0; }

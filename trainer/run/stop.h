@@ -6,6 +6,10 @@
 // was ignored, as nohup does, stays so.
 void stop_on_signals(int rank);
 
+// The program is asked to stop when the one that started it dies. Of torchrun's ranks, which nobody else would end: a launcher killed by
+// SIGKILL can't, and its ranks would hold the GPUs. Not of a shell's, which may leave.
+void stop_without_parent();
+
 // Of this rank: a signal reaches every rank at another time, or only one.
 bool stop_requested();
 
