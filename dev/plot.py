@@ -99,7 +99,8 @@ def main():
     except ModuleNotFoundError as missing:
         sys.exit(f"error: plotting needs python3's {missing.name}: apt-get install python3-matplotlib, or pip install matplotlib")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        named_file = getattr(error, "filename", None)
+        sys.exit(f"error: {named_file}: {error.strerror}" if named_file else f"error: {error}")
     print(f"drew {len(runs)} run{'s' if len(runs) > 1 else ''} to {arguments.out}")
 
 

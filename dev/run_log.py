@@ -14,10 +14,19 @@ def log_of(run):
     return path / "log.jsonl" if path.is_dir() else path
 
 
+def text_of(run):
+    try:
+        return log_of(run).read_text(errors="replace")
+    except FileNotFoundError:
+        raise OSError(f"{run}: no log.jsonl there: give a run's folder or its log.jsonl") from None
+    except OSError as error:
+        raise OSError(f"{run}: cannot read: {error.strerror}") from None
+
+
 def read_records(run):
     """Records by (kind, step). A torn last line is ignored; a record after a resume replaces the old."""
     records = {}
-    for line in log_of(run).read_text().splitlines():
+    for line in text_of(run).splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

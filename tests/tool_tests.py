@@ -87,6 +87,12 @@ def refuses_what_is_no_run():
         for name, library in (("plot", "matplotlib"), ("export_tensorboard", "tensorboard"), ("export_wandb", "wandb")):
             done = subprocess.run([sys.executable, str(ROOT / "dev" / f"{name}.py"), "--out", str(runs / "out"), "/nonexistent"], capture_output=True, text=True)
             assert done.returncode != 0 and len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+        (runs / "hollow").mkdir()
+        (runs / "noise.jsonl").write_bytes(b"\xff\xfe\n" * 9)
+        for run, mention in (("nope", "nope: no log.jsonl there: give a run's folder"), ("hollow", "hollow: no log.jsonl there: give a run's folder"),
+                             ("empty.jsonl", "no record in"), ("noise.jsonl", "no record in"), ("a/log.jsonl/x", "cannot read: Not a directory")):
+            done = subprocess.run([sys.executable, str(ROOT / "dev" / "plot.py"), "--out", str(runs / "out.png"), str(runs / run)], capture_output=True, text=True)
+            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and mention in done.stderr and "Errno" not in done.stderr, f"{run}: {done.stderr}"
 
 
 def writes_tensorboard_events():
