@@ -90,9 +90,8 @@ class BlockEncoder {
             rest.remove_prefix(std::min(rest.size(), line.size() + 1));
             if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
             const std::string problem = json_text(line, options_.text_field, text_);
-            REQUIRE(problem.empty() || options_.skip_bad_lines,
-                    "%s:%lld: %s: name the member with --text-field, or leave such lines out with --skip-bad-lines", file.path.c_str(),
-                    static_cast<long long>(number + 1), problem.c_str());
+            REQUIRE(problem.empty() || options_.skip_bad_lines, "%s:%lld: %s", file.path.c_str(), static_cast<long long>(number + 1),
+                    problem.c_str());
             if (problem.empty())
                 encode_document(work, text_, rules_.is_validation(file.name + "#" + std::to_string(number)));
             else

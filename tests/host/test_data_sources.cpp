@@ -118,15 +118,40 @@ TEST(JsonText, TakesTheMemberOfTheOutermostObject) {
     EXPECT_EQ(text_of_line(R"({"content": "c"})", "content"), "c");
     EXPECT_EQ(text_of_line("{\"text\": \"\xff\"}"), "\xef\xbf\xbd");
     EXPECT_EQ(text_of_line(R"({"text": ""})"), "");
+    EXPECT_NE(text_of_line("{\"text\": " + std::string(1'000'000, '[')).find("not JSON"), std::string::npos) << "depth costs no stack";
+}
+
+TEST(JsonText, NamesTheProblemAndWhatHelps) {
     const std::pair<const char*, const char*> bad[] = {
         {R"({"text": 5})", "a member \"text\" that is not a string"}, {R"({"text": {"text": "x"}})", "not a string"},
         {R"({"text": ["x"]})", "not a string"},                       {R"({"text": null})", "not a string"},
-        {R"({"txt": "x"})", "no member \"text\""},                   {R"(["text", "x"])", "not a JSON object"},
+        {R"({"txt": "x"})", "no member \"text\""},                   {R"(["text", "x"])", "one JSON object a line is expected, not an array"},
         {R"("text")", "not a JSON object"},                          {R"({"text": "x")", "not JSON at its byte"},
-        {R"({"text": "\ud800"})", "not JSON"},                       {R"({"text": "x"} y)", "not JSON"},
+        {R"({"text": "\ud80"})", "not JSON"},                        {R"({"text": "x"} y)", "not JSON"},
+        {"  [", "one JSON object a line is expected, not an array"},
     };
-    for (const auto& [line, problem] : bad) EXPECT_NE(text_of_line(line).find(problem), std::string::npos) << text_of_line(line);
-    EXPECT_NE(text_of_line(std::string(1'000'000, '[')).find("not JSON"), std::string::npos) << "depth costs no stack";
+    for (const auto& [line, problem] : bad) {
+        const std::string said = text_of_line(line);
+        EXPECT_NE(said.find(problem), std::string::npos) << said;
+        EXPECT_EQ(said.find("member \"") != std::string::npos, said.find("--text-field") != std::string::npos) << said;
+        EXPECT_EQ(said.find("array") == std::string::npos, said.find("--skip-bad-lines") != std::string::npos) << said;
+    }
+}
+
+TEST(JsonText, ReplacesEachLoneSurrogate) {
+    const std::string r = "\xef\xbf\xbd", smile = "\U0001F600";
+    const std::pair<std::string, std::string> cases[] = {
+        {R"(a\ud83d b)", "a" + r + " b"},             {R"(\uDE00)", r},
+        {R"(\ud83d)", r},                             {R"(\ud83d\ud83d\ude00)", r + smile},
+        {R"(\ude00\ud83d)", r + r},                   {R"(\ud83d\u0041\ude00)", r + "A" + r},
+        {R"(\ud83d\n)", r + "\n"},                    {R"(\\ud83d)", "\\ud83d"},
+        {R"(\\\ud83d)", "\\" + r},                   {R"(\uD83D\uDE00\udbff\udfff)", smile + "\U0010FFFF"},
+        {R"(\ud7ff\ue000)", "\xed\x9f\xbf\xee\x80\x80"},
+    };
+    for (const auto& [escaped, text] : cases) EXPECT_EQ(text_of_line("{\"text\": \"" + escaped + "\"}"), text) << escaped;
+    EXPECT_EQ(text_of_line(R"({"id\ud83d": "\udc00", "text": "x"})"), "x") << "in what is not taken";
+    EXPECT_EQ(text_of_line("{\"text\": \"\xff\\ud83d\"}"), r + r) << "beside bytes that are not UTF-8";
+    EXPECT_EQ(text_of_line(R"({"\ud83d": "x"})", r), "x");
 }
 
 TEST(Prepare, ReadsJsonLinesAndCompressedFilesLikePlainOnes) {
@@ -172,6 +197,8 @@ TEST(Prepare, NamesTheBadLineOrLeavesItOut) {
     write_text(folder / "in.jsonl", "{\"text\": \"a\"}\n\n{\"txt\": \"b\"}\n{\"text\": \"c\"}\n{\"text\"\n");
     PrepareOptions options = options_for(folder / "in.jsonl", folder / "out");
     EXPECT_ERROR(prepare_shards(options, ByteTokenizer()), "in.jsonl:3: has no member \"text\"", "--text-field", "--skip-bad-lines");
+    write_text(folder / "array.jsonl", "[\n{\"text\": \"a\"}\n]\n");
+    EXPECT_ERROR(prepare_shards(options_for(folder / "array.jsonl", folder / "out"), ByteTokenizer()), "array.jsonl:1: one JSON object a line is expected, not an array");
     options.skip_bad_lines = true;
     EXPECT_EQ(prepare_shards(options, ByteTokenizer()).bad_lines, 2);
     EXPECT_EQ(all_tokens(folder / "out"), "|a|c");
