@@ -109,10 +109,12 @@ std::set<std::string> parse_extensions(const std::string& list) {
     std::set<std::string> extensions;
     std::istringstream stream(lower_case(list));
     for (std::string one; std::getline(stream, one, ',');) {
-        if (one.starts_with('.')) one.erase(0, 1);
-        REQUIRE(!one.empty() && one.find('/') == std::string::npos,
-                "--extensions \"%s\": must be extensions separated by commas, \"none\" for files without one", list.c_str());
-        extensions.insert(one == "none" ? "" : one);
+        const std::string extension = one.starts_with('.') ? one.substr(1) : one;
+        REQUIRE(!extension.empty() && extension.find_first_of("./*?[] \t") == std::string::npos,
+                "--extensions \"%s\": \"%s\" is no extension: must be what follows the last dot of a name, such as md, separated by commas, "
+                "\"none\" for files without one; there are no patterns",
+                list.c_str(), one.c_str());
+        extensions.insert(extension == "none" ? "" : extension);
     }
     REQUIRE(!extensions.empty(), "--extensions: is empty, must be extensions separated by commas, \"none\" for files without one");
     return extensions;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <limits>
 
 #include "data/hash.h"
 #include "data/loader.h"
@@ -24,9 +25,9 @@ struct CommandLine {
 void define_options(CLI::App& app, CommandLine& line) {
     app.option_defaults()->always_capture_default();
     app.add_option("INPUT", line.inputs, "token files, and folders of them")->required();
-    app.add_option("--samples", line.samples, "texts to show of each file")->check(CLI::Range(0, 1000));
-    app.add_option("--sample-tokens", line.sample_tokens, "tokens of a text")->check(CLI::Range(1, 100000));
-    app.add_option("--seed", line.seed, "of the choice of texts");
+    app.add_option("--samples", line.samples, "texts to show of each file")->check(whole_number(0, 1000));
+    app.add_option("--sample-tokens", line.sample_tokens, "tokens of a text")->check(whole_number(1, 100000));
+    app.add_option("--seed", line.seed, "of the choice of texts")->check(whole_number(uint64_t{0}, std::numeric_limits<uint64_t>::max()));
     app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (empty: deps/gpt2.tiktoken here or where the program was built, as `make data-gpt2-ranks` brings it)");
 }
 

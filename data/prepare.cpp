@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <limits>
 #include <thread>
 
 #include "data/corpus.h"
@@ -35,13 +36,14 @@ void define_options(CLI::App& app, CommandLine& line) {
     app.add_option("--tokenizer", line.tokenizer, "bytes or gpt2");
     app.add_option("--gpt2-ranks", line.gpt2_ranks, "GPT-2's byte-pair ranks (empty: deps/gpt2.tiktoken here or where the program was built, as `make data-gpt2-ranks` brings it), for --tokenizer gpt2");
     app.add_option("--val-fraction", prepare.val_fraction, "part of the documents for validation, chosen by name");
-    app.add_option("--shard-tokens", prepare.shard_tokens, "most tokens of one shard");
+    app.add_option("--shard-tokens", prepare.shard_tokens, "most tokens of one shard: no sample goes from one to the next")
+        ->check(whole_number(kLeastShardTokens, std::numeric_limits<int64_t>::max()));
     app.add_option("--extensions", prepare.extensions, "of files in folders; \"none\": files without one");
     app.add_option("--document-separator", prepare.separator,
                    "text between the documents of one file, e.g. \"<|endoftext|>\"; empty: one document a file");
     app.add_option("--text-field", prepare.text_field, "member of the objects of .jsonl files that is the document");
     app.add_flag("--skip-bad-lines", prepare.skip_bad_lines, "leave out and count .jsonl lines without that text");
-    app.add_option("--threads", prepare.threads, "does not change the output");
+    app.add_option("--threads", prepare.threads, "does not change the output")->check(whole_number(1, kMostThreads));
     app.add_flag("--overwrite", prepare.overwrite, "replace the shards in --out");
 }
 

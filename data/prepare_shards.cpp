@@ -296,7 +296,7 @@ void require_valid(const PrepareOptions& options) {
     REQUIRE(options.shard_tokens >= kLeastShardTokens, "--shard-tokens %lld: must be at least %lld, as no sample goes from one shard to the next",
             static_cast<long long>(options.shard_tokens), static_cast<long long>(kLeastShardTokens));
     REQUIRE(options.separator.size() <= 4096, "--document-separator: %zu bytes, must be at most 4096", options.separator.size());
-    REQUIRE(options.threads >= 1 && options.threads <= 1024, "--threads %d: must be 1 to 1024", options.threads);
+    REQUIRE(options.threads >= 1 && options.threads <= kMostThreads, "--threads %d: must be 1 to %d", options.threads, kMostThreads);
     parse_extensions(options.extensions);
 }
 

@@ -14,6 +14,8 @@
 // A sample of training lies within one shard: shorter ones would be cut to nothing, or be many thousands of files.
 constexpr int64_t kLeastShardTokens = 4096;
 
+constexpr int kMostThreads = 1024;
+
 struct PrepareOptions {
     std::vector<std::string> inputs;  // files and folders
     std::string out;                  // folder; made when missing

@@ -12,6 +12,7 @@ inline std::string reason(int error) {
         case EROFS: return text + ": use a place that can be written";
         case ENOSPC:
         case EDQUOT: return text + ": free some space, or use another place";
+        case EFBIG: return text + ": raise the limit on a file's size (ulimit -f), or use another place";
         default: return text;
     }
 }

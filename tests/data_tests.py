@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 
@@ -81,20 +82,26 @@ def test_wrong_usage_is_one_clear_line():
             ("prepare", ["--out"], "--out: 1 required TEXT missing, see --help"),
             ("prepare", ["--out", "o", "--threadz", "1", "text"], "--threadz: no such option"),
             ("prepare", ["--out", "o", "--val-fraction", "abc", "text"], "--val-fraction abc: is not a value"),
-            ("prepare", ["--out", "o", "--shard-tokens", "1e6", "text"], "--shard-tokens 1e6: is not a value"),
-            ("prepare", ["--out", "text/a.txt", "--shard-tokens", "1", "none"], "--shard-tokens 1: must be at least 4096"),
+            ("prepare", ["--out", "o", "--shard-tokens", "1e6", "text"], "--shard-tokens: must be a whole number in plain digits from 4096 to 9223372036854775807, is 1e6"),
+            ("prepare", ["--out", "text/a.txt", "--shard-tokens", "1", "none"], "--shard-tokens: must be a whole number in plain digits from 4096 to 9223372036854775807, is 1,"),
+            ("prepare", ["--out", "o", "--shard-tokens", "9" * 20, "text"], f"from 4096 to 9223372036854775807, is {'9' * 20}"),
+            ("prepare", ["--out", "o", "--shard-tokens", "0100000", "text"], "in plain digits from 4096 to 9223372036854775807, is 0100000"),
+            ("prepare", ["--out", "o", "--threads", "9" * 20, "text"], f"--threads: must be a whole number in plain digits from 1 to 1024, is {'9' * 20}"),
             ("prepare", ["--out", "text/a.txt", "--tokenizer", "foo", "none"], '"foo": must be bytes or gpt2'),
             ("prepare", ["--out", "text/a.txt", "none"], "none: no such file or folder"),
             ("prepare", ["--out", "text/a.txt", "text"], "text/a.txt: is not a folder"),
             ("prepare", ["--out", "text/a.txt/o", "text"], "text/a.txt/o: cannot make this folder: Not a directory"),
             ("prepare", ["--out", "", "text"], "--out: is empty"),
             ("prepare", ["--out", "o", "--extensions", "", "text"], "--extensions: is empty"),
+            ("prepare", ["--out", "o", "--extensions", ".txt,*.md", "text"], '--extensions ".txt,*.md": "*.md" is no extension'),
             ("prepare", ["--out", "o", "--extensions", "xyz", "text"], "text: no files with the extensions xyz, 1 with others: see --extensions"),
             ("prepare", ["--out", "o", "--skip-bad-lines", "bad.jsonl"], "no documents in the input: 1 lines"),
             ("inspect", [], "INPUT is required, see --help"),
             ("inspect", ["none"], "none: cannot open: No such file"),
             ("inspect", ["text"], "text: no shards: expected *.bin files in this folder"),
-            ("inspect", ["--samples", "-1", "text"], "--samples: Value -1 not in range 0 to 1000"),
+            ("inspect", ["--samples", "-1", "text"], "--samples: must be a whole number in plain digits from 0 to 1000, is -1"),
+            ("inspect", ["--sample-tokens", "010", "text"], "--sample-tokens: must be a whole number in plain digits from 1 to 100000, is 010"),
+            ("inspect", ["--seed", "18446744073709551616", "text"], "--seed: must be a whole number in plain digits from 0 to 18446744073709551615, is 18446744073709551616"),
         ]
         for name, options, mention in cases:
             line = refused(name, *options, cwd=out)
@@ -147,6 +154,19 @@ def test_a_full_or_read_only_disk_leaves_what_was_there():
             line = refused("prepare", "--out", str(disk.path / where), *more, str(out / "small"))
             assert mention in line and "use a place that can be written" in line, line
         disk.remount("rw")
+
+
+def test_a_limit_on_the_size_of_files_leaves_what_was_there():
+    with Scratch() as out:
+        for name, lines in (("small", 1000), ("large", 100000)):
+            (out / name).write_text("a line of text\n" * lines)
+        data_program("prepare", "--out", str(out / "o"), "--val-fraction", "0", str(out / "small"))
+        before = {f.name: f.read_bytes() for f in (out / "o").iterdir()}
+        limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))}
+        for where, more in (("o", ["--overwrite"]), ("new/o", [])):
+            line = refused("prepare", "--out", str(out / where), "--val-fraction", "0", *more, str(out / "large"), **limit)
+            assert "train_000000.bin.tmp: cannot write: File too large: raise the limit on a file's size (ulimit -f)" in line, line
+        assert {f.name: f.read_bytes() for f in (out / "o").iterdir()} == before and not (out / "new").exists()
 
 
 def test_output_that_does_not_arrive_is_no_success():

@@ -61,6 +61,9 @@ TEST(FindSourceFiles, SearchesFoldersInByteOrder) {
     EXPECT_ERROR(find({folder / "none"}, "txt"), "none: no such file or folder");
     EXPECT_ERROR(find({"/dev/null"}, "txt"), "is neither a file nor a folder");
     EXPECT_ERROR(parse_extensions("txt,,md"), "--extensions");
+    for (const char* none : {"*.md", "m?", "[ch]", "tar.gz", "..md", "a/b", " md", "*"})
+        EXPECT_ERROR(parse_extensions(std::string("txt,") + none), "\"" + std::string(none) + "\" is no extension", "what follows the last dot");
+    EXPECT_EQ(parse_extensions("c++,.F90,x_t"), (std::set<std::string>{"c++", "f90", "x_t"}));
 }
 
 TEST(FindSourceFiles, FollowsLinksOutOfTheFolder) {
