@@ -67,6 +67,23 @@ DataLoader::DataLoader(DataLoaderOptions options) : options_(std::move(options))
             "%s%s: no sample of %lld + 1 consecutive tokens (%lld tokens in %zu shards): shorten the sequence or add data",
             options_.shards[0].c_str(), shards_.size() > 1 ? " and the other shards" : "",
             static_cast<long long>(options_.seq_len), static_cast<long long>(tokens_), shards_.size());
+    hash_ = hash_of_places();
+}
+
+uint64_t DataLoader::hash_of_places() const {
+    constexpr int64_t kPlaces = 256, kTokens = 64;
+    uint64_t hash = 0;
+    for (const TokenFile& shard : shards_) {
+        const int64_t places = std::max<int64_t>(1, kPlaces / static_cast<int64_t>(shards_.size()));
+        std::vector<int32_t> tokens(static_cast<size_t>(std::min(kTokens, shard.size())));
+        for (int64_t i = 0; i < places; ++i) {
+            const int64_t last = shard.size() - static_cast<int64_t>(tokens.size());
+            shard.read(last / places * i + last % places, static_cast<int64_t>(tokens.size()), 0, tokens.data());
+            hash = mix64(hash ^ hash_bytes({reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(int32_t)}));
+        }
+        hash = mix64(hash ^ static_cast<uint64_t>(shard.size()));
+    }
+    return hash | 1;  // never 0
 }
 
 void DataLoader::check_agreement(const TokenFile& shard) {

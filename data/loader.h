@@ -39,12 +39,15 @@ class DataLoader {
     int64_t seq_len() const { return options_.seq_len; }
     int64_t tokens() const { return tokens_; }  // in all shards, also those behind the last whole samples
     size_t shards() const { return shards_.size(); }
+    // Of the shards' sizes and of tokens at a few hundred places: tells another text of the same length, in no time.
+    uint64_t hash() const { return hash_; }
     // What the shards claim: the largest vocabulary, and the tokenizer; 0 or unknown where no header says.
     const TokenFileInfo& info() const { return info_; }
     int32_t vocab_size() const { return info_.vocab_size; }
 
   private:
     void check_agreement(const TokenFile& shard);
+    uint64_t hash_of_places() const;
     void read_sample(int64_t sample, int32_t* inputs, int32_t* targets) const;
 
     DataLoaderOptions options_;
@@ -52,4 +55,5 @@ class DataLoader {
     std::vector<int64_t> first_sample_;  // (shards + 1): shard s holds samples [first_sample_[s], first_sample_[s + 1])
     TokenFileInfo info_;
     int64_t tokens_ = 0;
+    uint64_t hash_ = 0;
 };

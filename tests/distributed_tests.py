@@ -195,7 +195,7 @@ def test_fault_stopped_rank():
             out = scratch / "run"
             with running(3, out, "--timeout", "3") as process:
                 os.kill(ranks_of(out)[victim], signal.SIGSTOP)
-                expect_end(process, out, 15, f"rank {victim} (", "no sign of life for 3 s")
+                expect_end(process, out, 15, f"rank {victim} (", "no sign of life for 2.55 s")
 
 
 def test_fault_mismatched_option():

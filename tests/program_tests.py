@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -137,8 +138,14 @@ def test_resume_refuses_what_would_mix_runs():
         done = subprocess.run([str(program().parent / "data" / "prepare"), "--tokenizer", "bytes", "--val-fraction", "0.5", "--out", str(out / "shards"), str(other)],
                               cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        same_size = shutil.copytree(SHARDS, out / "same_size")
+        for shard in same_size.glob("train*.bin"):
+            data = shard.read_bytes()
+            shard.write_bytes(data[:len(data) // 2] + bytes(len(data) - len(data) // 2))
         cases = [
             (["--resume", first, "--out", str(out / "b"), "--train", str(out / "shards")], "--train"),   # other data
+            (["--resume", first, "--out", str(out / "b"), "--train", str(same_size)], "but other text"),
+            (["--resume", first, "--out", first + "/new"], "lies in checkpoint"),
             (["--resume", first, "--out", str(out / "b"), "--steps", "2"], "--steps 2"),                   # nothing to do
             (["--resume", first, "--out", str(out / "b"), "--seed", "5"], "--seed 5"),
             (["--out", str(out / "run")], "--out"),                                                        # somebody's folder
@@ -147,6 +154,8 @@ def test_resume_refuses_what_would_mix_runs():
             done = train(*TINY, "--steps", "4", *options, ok=False)
             lines = done.stderr.strip().splitlines()
             assert len(lines) == 1 and mention in lines[0], f"{options}: {done.stderr!r}"
+        done = train(*TINY, "--steps", "3", "--resume", first, "--out", str(out / "c"), "--lr", "2e-3", "--beta2", "0.9")
+        assert re.search(r"^note: checkpoint \S+ goes on with --lr 0.002 \(was 0.001\), --beta2 0.9 \(was 0.95\)$", done.stdout, re.M), done.stdout
 
 
 def test_data_order_does_not_depend_on_the_micro_batch():

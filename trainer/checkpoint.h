@@ -18,6 +18,7 @@ struct CheckpointInfo {
     uint64_t seed = 0;
     int64_t tokens_per_step = 0;
     int64_t samples_per_epoch = 0;  // of the training data: another number means another order of another text
+    uint64_t data_hash = 0;  // of the training data, DataLoader::hash(); 0: not known
     std::string tokenizer = "unknown";  // of the training data
     std::string config_toml;
     std::string gemm_choices;  // Engine::gemm_choices(), opaque here

@@ -40,6 +40,7 @@ Json header_json(const CheckpointHeader& h) {
     json["seed"] = h.info.seed;
     json["tokens_per_step"] = h.info.tokens_per_step;
     json["samples_per_epoch"] = h.info.samples_per_epoch;
+    json["data_hash"] = h.info.data_hash;
     json["tokenizer"] = h.info.tokenizer;
     json["config"] = h.info.config_toml;
     json["gemm_choices"] = h.info.gemm_choices;
@@ -110,7 +111,8 @@ CheckpointHeader parse_header(const std::string& path, const std::string& text) 
         h.recent.push_back({whole_number<int64_t>(r.at(0), "recent step"), r.at(1), r.at(2)});
     h.info = {.model = parse_model(json.at("model")), .recipe = json.at("recipe"), .seed = WholeNumber(json, "seed"),
               .tokens_per_step = WholeNumber(json, "tokens_per_step"),
-              .samples_per_epoch = WholeNumber(json, "samples_per_epoch"), .tokenizer = json.value("tokenizer", "unknown"),
+              .samples_per_epoch = WholeNumber(json, "samples_per_epoch"),
+              .data_hash = json.contains("data_hash") ? WholeNumber(json, "data_hash") : uint64_t(0), .tokenizer = json.value("tokenizer", "unknown"),
               .config_toml = json.at("config"),
               .gemm_choices = json.at("gemm_choices")};
     if (!json.at("files").is_object()) throw Json::type_error::create(302, "files must be an object", &json);

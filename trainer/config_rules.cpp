@@ -29,6 +29,8 @@ void validate_attention(const Config& c) {
     REQUIRE(c.attention == "auto" || c.device != "cpu", "--attention %s: needs a GPU, --device is cpu", c.attention.c_str());
 }
 
+constexpr int64_t kMostBatchTokens = 1'000'000'000'000;  // leaves room for products in 64 bits
+
 void validate_batch(const Config& c) {
     REQUIRE(c.micro_batch >= 0, "--micro-batch %d: must be at least 1, or auto", c.micro_batch);
     const bool automatic = c.micro_batch == 0;  // until it is chosen: then a sequence is what the batch must be a multiple of
@@ -39,7 +41,7 @@ void validate_batch(const Config& c) {
     REQUIRE(automatic || !find_recipe(c.recipe).quantizes() || micro % 16 == 0,
             "--micro-batch %d: times sequence length = %lld tokens, must be a multiple of 16 for --recipe %s", c.micro_batch,
             ll(micro), c.recipe.c_str());
-    REQUIRE(global >= 1, "--global-batch-tokens %lld: must be at least 1", ll(global));
+    REQUIRE(global >= 1 && global <= kMostBatchTokens, "--global-batch-tokens %lld: must be at least 1, at most %lld", ll(global), ll(kMostBatchTokens));
     const int64_t below = global / micro * micro;
     const int64_t nearest = below > 0 && global - below <= below + micro - global ? below : below + micro;
     REQUIRE(global % micro == 0,

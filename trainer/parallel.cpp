@@ -13,9 +13,9 @@ Shard find_shard(const std::string& name) {
 
 namespace {
 
-// Multiprocessors that NCCL may take from the compute beside it, by --shard; 0: as many as it likes. Where weights or
-// gradients travel during the whole of a micro-batch, a few are enough to hide them; copy engines need none.
-constexpr NcclOptions kNccl[] = {{.most_ctas = 0}, {.most_ctas = 0, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}};
+// Multiprocessors that NCCL may take from the compute beside it, by --shard. Where weights or gradients travel during the whole of a
+// micro-batch, a few are enough to hide them; with one reduction a step it may have what it would choose. Copy engines need none.
+constexpr NcclOptions kNccl[] = {{.most_ctas = 32}, {.most_ctas = 32, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}, {.most_ctas = 16, .copy_engines = true}};
 
 struct Grouping {
     int groups, group_size;

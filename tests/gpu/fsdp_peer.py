@@ -5,14 +5,13 @@
 
 FSDP2 over every layer and the rest, FP32 masters, BF16 parameters while they are used, gradients reduced in FP32 with the last micro-batch;
 torch.compile layer by layer and of the head, cuDNN's or FlashAttention; `tensorwise`: torchao's float8 with its FP8 all-gather and scales of all
-weights in one all_reduce. Layers are resharded after forward, which is our --shard full. Tokens are of a GPU and step. Two steps warm up, the median
+weights in one all_reduce. Layers are resharded after forward, which is our --shard full. Tokens are of a GPU and step. Two steps warm up, the mean
 of three (of short steps eight) counts. --device cpu with --model tiny tries the script without a GPU.
 """
 import argparse
 import json
 import os
 import pathlib
-import statistics
 import time
 
 import torch
@@ -49,7 +48,7 @@ class GPT(torch.nn.Module):
         self.tokens, self.positions = torch.nn.Embedding(V, width), torch.nn.Embedding(T, width)
         self.layers = torch.nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.norm = torch.nn.LayerNorm(width)
-        self.loss = torch.compile(head_loss)
+        self.loss = torch.compile(head_loss, fullgraph=True, dynamic=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -70,15 +69,15 @@ def sharded_model(a):
         convert_to_float8_training(model, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
-        layer.compile()
+        layer.compile(fullgraph=True, dynamic=False)  # for each size of the batch its own
         fully_shard(layer, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mp_policy=policy)  # the rest stays for the backward pass
     return model
 
 
 def make_step(a, model, tokens):
     T, micro_batch = MODELS[a.model][3:]
-    B = min(micro_batch, tokens // T)
+    B = min(a.micro_batch or micro_batch, tokens // T)
     count = tokens // (B * T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch = torch.randint(0, 50257, (B, T + 1), device=a.device)
@@ -105,15 +104,14 @@ def synchronize(a):
 
 def measure(a, model, tokens):
     step, B = make_step(a, model, tokens)
-    seconds = []
-    for i in range(WARM_UP + (TIMED_SHORT if tokens <= SHORT else TIMED)):
-        synchronize(a)
-        start = time.monotonic()
+    for _ in range(WARM_UP):
         step()
-        synchronize(a)
-        if i >= WARM_UP:
-            seconds.append(time.monotonic() - start)
-    ranks, s = torch.distributed.get_world_size(), statistics.median(seconds)
+    synchronize(a)
+    start, timed = time.monotonic(), TIMED_SHORT if tokens <= SHORT else TIMED
+    for _ in range(timed):  # the host runs ahead of the GPU
+        step()
+    synchronize(a)
+    ranks, s = torch.distributed.get_world_size(), (time.monotonic() - start) / timed
     memory = torch.cuda.max_memory_allocated() / 2**30 if a.device == "cuda" else 0.0
     return {"kind": "train", "program": f"PyTorch {torch.__version__}, FSDP2, torch.compile" + (", torchao float8 with FP8 all-gather" if a.recipe != "bf16" else ""), "model": a.model,
             "recipe": a.recipe, "gpus": ranks, "shard": "full", "seq_len": MODELS[a.model][3], "micro_batch": B, "tokens_per_step": tokens * ranks,
@@ -126,6 +124,7 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="gpt2-1558M")
     parser.add_argument("--recipe", choices=("bf16", "tensorwise"), default="tensorwise")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 262144])
+    parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     a = parser.parse_args()
     rank = int(os.environ["RANK"])

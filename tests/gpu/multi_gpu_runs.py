@@ -30,7 +30,7 @@ class Report:
 
     def __init__(self, path, earlier=None):
         old = json.loads(earlier.read_text()) if earlier else {"tests": [], "bench": []}
-        self.path, self.tests, self.bench = path, old["tests"], old["bench"]
+        self.path, self.tests, self.bench, self.own = path, old["tests"], old["bench"], set()  # own: names of this call's rows
 
     def test(self, name, status, figure, row=None):
         if status == "skip" and self.has(name):
@@ -44,6 +44,7 @@ class Report:
         return None
 
     def row(self, name, row):
+        self.own.add(name)
         self.bench = [other for other in self.bench if other["name"] != name] + [{"name": name, **row}]
 
     def has(self, name):
@@ -66,12 +67,17 @@ def own_line(errors):
 
 
 class Runs:
-    def __init__(self, arguments, folder):
-        self.a, self.folder, self.made = arguments, folder, 0
+    def __init__(self, arguments, folder, fitting_micro_batch):
+        self.a, self.folder, self.made, self.fitting_micro_batch = arguments, folder, 0, fitting_micro_batch
         self.alone = {}          # (model, recipe, tokens) -> tokens/s of one GPU
         self.micro_batches = {}  # model -> what fits
         self.curves = {}         # recipe -> validation losses of two seeds on one GPU
         self.idle_mib = gpu_memory_mib()
+
+    def micro_batch(self, model):
+        if model not in self.micro_batches:
+            self.micro_batches[model] = self.fitting_micro_batch(self, model)
+        return self.micro_batches[model]
 
     def command(self, ranks, *options):
         self.made += 1

@@ -7,7 +7,7 @@ step's state.
 Time: one run a model that saves every few steps. Steps are compared with the steps of the same run that met no save; a step
 meets one when it starts between the snapshot and the end of the write, so both the copy off the device and the writer's
 work beside later steps count: their mean, and the worst of them. The worst of the early steps, from the second up to the first
-snapshot, is a row of its own: beside those the host's memory is touched. A run is killed when its time is up: the 1558M run writes 18.7 GB a checkpoint.
+snapshot, is a row of its own: beside those the host's memory is touched. The 1558M run, which writes 18.7 GB a checkpoint, ends with its first save.
 Bits: a checkpoint of step 4 that was copied and written while steps 5 to 8 ran equals the last one of a run of 4 steps.
 """
 import argparse
@@ -26,10 +26,11 @@ BUILD = ROOT / os.environ.get("TRAIN_GPT_BUILD", "build/sm_90a")
 MEAN_BOUND = 1.05
 # A single step: measured ones differ by 1 % where nothing disturbs them, and pinning 18.7 GB, which kept a 1558M step's launches waiting, made it
 # 1.5 and 1.6 times as long. A stall that anybody would notice fails, the noise of one step does not.
-WORST_BOUND = 1.2
+WORST_BOUND = 1.1
+LARGE = "gpt2-1558M"  # one save, from the snapshot to the published folder, is enough
 RUNS = [  # model, micro-batch, tokens of a step, steps, save every, seconds at most
     ("gpt2-124M", 64, 524288, 13, 5, 15),
-    ("gpt2-1558M", 16, 131072, 10, 5, 45),  # a step with a save that starts 8 s after the first
+    (LARGE, 16, 131072, 40, 20, 110),  # 18.7 GB: a save takes up to 20 steps
 ]
 
 
@@ -46,7 +47,8 @@ def run_for_records(shards, work, model, micro_batch, tokens, steps, every, limi
     for line in process.stdout:
         printed.append(line)
         print(f"    {time.monotonic() - start:6.2f} {line}", end="")
-        if line.startswith(f"step {steps - 1}/") or time.monotonic() - start > limit_s:
+        last = line.startswith(f"step {steps - 1}/") or (model == LARGE and line.startswith("saved "))
+        if last or time.monotonic() - start > limit_s:
             break
     process.kill()  # the last save is none of this test's business
     process.wait()
@@ -84,7 +86,9 @@ def judge(model, every, records, printed=""):
         return {"name": f"saving: {model}, {what}", "status": "pass" if ratio <= bound else "fail",
                 "figure": f"{ratio:.3f} x a step without ({1e3 * base:.0f} ms, {len(free)} steps); {text}; at most {bound}"}
     slowest, slowest_early = max(saving, key=saving.get), max(early, key=early.get)
-    saves = f"a save took {max(save_s):.1f} s" if save_s else "no save ended in time"
+    if not save_s:
+        return [{"name": f"saving: {model}", "status": "fail", "figure": f"no save ended in time; {printed[-300:]}"}]
+    saves = f"a save took {max(save_s):.1f} s"
     return [row("step time while saving", statistics.mean(saving.values()) / base, MEAN_BOUND, f"mean of {len(saving)} steps; {saves}"),
             row("worst step while saving", saving[slowest] / base, WORST_BOUND, f"step {slowest}"),
             row("worst early step, beside the first touch of memory", early[slowest_early] / base, WORST_BOUND, f"step {slowest_early} of 2 to {every}")]

@@ -34,6 +34,7 @@ struct Watch::Seen {
 
 namespace {
 constexpr double kTick = 0.1;  // s
+constexpr double kPatience = 0.85;  // of the time-out, by which the job has ended
 constexpr double kPatienceAfterFailure = 5;
 constexpr double kTimeToName = 2;  // longer than signs of life are apart, by which ranks notice at different times
 
@@ -44,7 +45,7 @@ void copy_text(char (&to)[1008], const std::string& text) {
 }
 }  // namespace
 
-Watch::Watch(int rank, std::vector<Peer> peers, double timeout_s) : rank_(rank), timeout_s_(timeout_s), self_(std::make_unique<Seen>()), last_sent_(Clock::now()) {
+Watch::Watch(int rank, std::vector<Peer> peers, double timeout_s) : rank_(rank), patience_s_(kPatience * timeout_s), self_(std::make_unique<Seen>()), last_sent_(Clock::now()) {
     static_assert(sizeof(Message) == 1024);
     for (Peer& peer : peers) peers_.emplace_back().peer = std::move(peer);
     self_->peer = {.rank = rank, .host = host_name(), .process = getpid(), .connection = {}};
@@ -106,7 +107,7 @@ void Watch::watch_all() {
         send_signs_of_life();
         for (size_t i = 0; i < peers_.size(); ++i) entries[i] = {peers_[i].gone ? -1 : peers_[i].peer.connection.file(), POLLIN, 0};
         poll(entries.data(), entries.size(), int(kTick * 1000));
-        if (seconds_since(woke) > std::max(1.0, timeout_s_ / 4)) {  // this process was stopped itself: what it did not hear proves nothing
+        if (seconds_since(woke) > std::max(1.0, patience_s_ / 4)) {  // this process was stopped itself: what it did not hear proves nothing
             overslept_ = Clock::now();
             for (Seen& seen : peers_) seen.heard = seen.changed = Clock::now();
         }
@@ -119,7 +120,7 @@ void Watch::watch_all() {
 }
 
 void Watch::send_signs_of_life() {
-    if (!failed_ && seconds_since(last_sent_) < std::min(1.0, timeout_s_ / 8)) return;
+    if (!failed_ && seconds_since(last_sent_) < std::min(1.0, patience_s_ / 8)) return;
     last_sent_ = Clock::now();
     Message m{};
     m.kind = Kind::alive;
@@ -164,8 +165,8 @@ void Watch::handle(Seen& seen, const Message& m) {
 }
 
 void Watch::check_silence(const Seen& seen) {
-    if (!seen.gone && seconds_since(seen.heard) > timeout_s_)
-        peer_is_gone(seen, message("has given no sign of life for %g s: it is stopped, or its machine or network is gone", timeout_s_));
+    if (!seen.gone && seconds_since(seen.heard) > patience_s_)
+        peer_is_gone(seen, message("has given no sign of life for %g s: it is stopped, or its machine or network is gone", patience_s_));
 }
 
 // Rank 0 names others. What happens to rank 0 the next one names; the rest leave without a word, and after it: a launcher ends the
@@ -183,7 +184,7 @@ void Watch::check_progress() {
     std::vector<const Seen*> ranks{self_.get()};
     for (const Seen& seen : peers_)
         if (!seen.gone) ranks.push_back(&seen);
-    const auto stalled = [&](const Seen* s) { return s->waiting && seconds_since(s->changed) > timeout_s_; };
+    const auto stalled = [&](const Seen* s) { return s->waiting && seconds_since(s->changed) > patience_s_; };
     if (std::none_of(ranks.begin(), ranks.end(), stalled)) return;
 
     const uint64_t least = (*std::min_element(ranks.begin(), ranks.end(), [](auto a, auto b) { return a->progress < b->progress; }))->progress;
@@ -195,6 +196,6 @@ void Watch::check_progress() {
         names += (names.empty() ? "" : ", ") + s->name();
     }
     if (busy.empty() && !someone_ahead)
-        end_job(message("no rank has made progress for %g s (%s): the GPUs or the network between them hang", timeout_s_, waiting_for_.load()));
-    end_job(message("%s hangs: other ranks have waited for it for %g s", (busy.empty() ? behind : busy).c_str(), timeout_s_));
+        end_job(message("no rank has made progress for %g s (%s): the GPUs or the network between them hang", patience_s_, waiting_for_.load()));
+    end_job(message("%s hangs: other ranks have waited for it for %g s", (busy.empty() ? behind : busy).c_str(), patience_s_));
 }

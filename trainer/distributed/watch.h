@@ -2,8 +2,8 @@
 // dies, stops, hangs or fails ends the whole job within the time-out, with one line that names it.
 //
 //   a rank's connection closes without a goodbye       it died
-//   no message from a rank for `timeout`               it is stopped, or its machine is gone
-//   a rank waited `timeout` for the others             the ranks that made the least progress hang
+//   no message from a rank for 0.85 `timeout`          it is stopped, or its machine is gone
+//   a rank waited 0.85 `timeout` for the others        the ranks that made the least progress hang
 //   a rank reports a failure                           its message is printed
 //
 // Rank 0's watch prints the line and tells the others to leave; rank 1's prints what happens to rank 0. The process is
@@ -70,7 +70,7 @@ class Watch {
     [[noreturn]] void end_job(const std::string& line);
 
     const int rank_;
-    const double timeout_s_;
+    const double patience_s_;
     std::vector<Seen> peers_;
     std::unique_ptr<Seen> self_;
     Clock::time_point last_sent_;

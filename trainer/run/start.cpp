@@ -6,11 +6,13 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <sstream>
 
 #include "kernels/common/check.h"
 #include "kernels/common/cuda_check.h"
 #include "trainer/checkpoint_header.h"
+#include "trainer/config_options.h"
 #include "trainer/gpu_info.h"
 #include "trainer/run/agreement.h"
 #include "trainer/run/micro_batch.h"
@@ -103,10 +105,33 @@ namespace {
 
 // A folder belongs to one run: its log and checkpoints are never mixed with another's.
 void require_own_folder(const Config& config, const std::string& resumed_from) {
+    for (fs::path folder = fs::weakly_canonical(config.out); folder.has_relative_path(); folder = folder.parent_path())
+        REQUIRE(!fs::exists(folder / kInfoFile), "--out %s: lies in checkpoint %s, which a run may remove: choose another folder", config.out.c_str(), folder.c_str());
     const bool used = fs::exists(fs::path(config.out) / "log.jsonl");
     const bool own = !resumed_from.empty() && fs::weakly_canonical(fs::path(resumed_from) / "..") == fs::weakly_canonical(config.out);
     REQUIRE(!used || own || config.resume == "auto", "--out %s: holds the log.jsonl of another run; continue it with --resume auto, or choose another folder",
             config.out.c_str());
+}
+
+// What to_toml() wrote, a line an option.
+std::map<std::string, std::string> values_of(const std::string& toml) {
+    std::map<std::string, std::string> values;
+    std::istringstream lines(toml);
+    for (std::string line; std::getline(lines, line);)
+        if (const size_t equals = line.find(" = "); equals != std::string::npos) values[line.substr(0, equals)] = line.substr(equals + 3);
+    return values;
+}
+
+// It may be meant. More steps are what a longer run has.
+void note_other_training(const Config& config, const std::string& path, const std::string& its_config_toml) {
+    std::map<std::string, std::string> before = values_of(its_config_toml), now = values_of(to_toml(config));
+    std::string changed;
+    for_each_option(config, [&](const OptionInfo& option, const auto&) {
+        const std::string name = option.name;
+        if (option.group != "Training" || name == "steps" || !before.count(name) || before[name] == now[name]) return;
+        changed += message("%s--%s %s (was %s)", changed.empty() ? "" : ", ", name.c_str(), now[name].c_str(), before[name].c_str());
+    });
+    if (!changed.empty()) std::printf("note: checkpoint %s goes on with %s\n", path.c_str(), changed.c_str());
 }
 
 // The data order is a function of seed, step and batch: another one would repeat and skip text without a word.
@@ -119,6 +144,8 @@ void require_same_data_order(const Config& config, const Checkpoint& checkpoint,
     REQUIRE(info.samples_per_epoch == train.samples_per_epoch(), "--train %s: has %lld samples an epoch; checkpoint %s was trained on other data, with %lld",
             config.train.c_str(), ll(train.samples_per_epoch()), path.c_str(), ll(info.samples_per_epoch));
     require_same_tokenizer({"--train " + config.train, tokenizer_name(train.info().tokenizer)}, {"checkpoint " + path, info.tokenizer});
+    REQUIRE(info.data_hash == 0 || info.data_hash == train.hash(), "--train %s: has as many samples as what checkpoint %s was trained on, but other text; to train it on other text use --init-from",
+            config.train.c_str(), path.c_str());
     REQUIRE(checkpoint.state.step < config.steps, "--steps %lld: checkpoint %s has finished %lld steps: nothing to do", ll(config.steps), path.c_str(),
             ll(checkpoint.state.step));
 }
@@ -203,12 +230,14 @@ StartPoint start_point(const Config& config, const ParameterList& list, const He
         std::printf("note: checkpoint %s was trained with recipe %s and goes on with %s\n", path.c_str(), checkpoint.info.recipe.c_str(), config.recipe.c_str());
     world.require_agreement({{"a checkpoint of step", std::to_string(checkpoint.state.step)}});
     note_other_micro_batch(config, path, checkpoint.info.config_toml);
+    note_other_training(config, path, checkpoint.info.config_toml);
     return {std::move(checkpoint.state), path, "", checkpoint.info.gemm_choices};
 }
 
 CheckpointInfo checkpoint_info(const Config& config, const Engine& engine, const DataLoader& train) {
     return {.model = config.model_spec(), .recipe = config.recipe, .seed = config.seed,
-            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .tokenizer = tokenizer_name(train.info().tokenizer), .config_toml = to_toml(config), .gemm_choices = engine.gemm_choices()};
+            .tokens_per_step = config.global_batch_tokens, .samples_per_epoch = train.samples_per_epoch(), .data_hash = train.hash(),
+            .tokenizer = tokenizer_name(train.info().tokenizer), .config_toml = to_toml(config), .gemm_choices = engine.gemm_choices()};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
