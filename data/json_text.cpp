@@ -99,12 +99,20 @@ class FieldReader final : public nlohmann::json_sax<Json> {
     bool is_object_ = false, wanted_ = false, found_ = false, is_string_ = false;
 };
 
+std::string parse(std::string_view line, const std::string& field, std::string& text) {
+    FieldReader reader(field, text);
+    Json::sax_parse(line.begin(), line.end(), &reader);
+    return reader.problem();
+}
+
 }  // namespace
 
 std::string json_text(std::string_view line, const std::string& field, std::string& text) {
     std::string repaired, whole;
-    line = whole_surrogates(valid_utf8(line, repaired), whole);
-    FieldReader reader(field, text);
-    Json::sax_parse(line.begin(), line.end(), &reader);
-    return reader.problem();
+    line = valid_utf8(line, repaired);
+    const std::string problem = parse(line, field, text);
+    if (problem.empty()) return "";
+    // To the parser a lone surrogate is an error: a line that parsed has none, and is not searched.
+    const std::string_view mended = whole_surrogates(line, whole);
+    return mended.data() == line.data() ? problem : parse(mended, field, text);
 }
