@@ -7,6 +7,7 @@
 #include <map>
 #include <new>
 #include <numeric>
+#include <tuple>
 
 #include "ranks.h"
 
@@ -35,7 +36,8 @@ TEST(Launch, AloneWithoutALauncher) {
 
 TEST(Launch, EveryLaunchersNames) {
     const std::pair<const char*, std::map<std::string, std::string>> cases[] = {
-        {"torchrun", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
+        {"torchrun", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1233"}, {"TORCHELASTIC_RUN_ID", "none"}}},
+        {"RANK and WORLD_SIZE", {{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"Open MPI", {{"OMPI_COMM_WORLD_RANK", "5"}, {"OMPI_COMM_WORLD_SIZE", "8"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "4"}, {"MASTER_ADDR", "node1"}, {"MASTER_PORT", "1234"}}},
         {"PMI", {{"PMI_RANK", "5"}, {"PMI_SIZE", "8"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "4"}, {"SLURM_LAUNCH_NODE_IPADDR", "node1"}, {"MASTER_PORT", "1234"}}},
@@ -61,7 +63,7 @@ TEST(Launch, TorchrunsOwnPortIsLeftAlone) {
     EXPECT_EQ(find_launch(environment_of(values)).port, 29501);
     values["MASTER_PORT"] = "65535";
     EXPECT_NE(error_of([&] { find_launch(environment_of(values)); }).find("from 1 to 65534"), std::string::npos);
-    values.erase("RANK"), values["OMPI_COMM_WORLD_RANK"] = "1", values["OMPI_COMM_WORLD_SIZE"] = "2";
+    values.erase("TORCHELASTIC_RUN_ID"), values["OMPI_COMM_WORLD_RANK"] = "1", values["OMPI_COMM_WORLD_SIZE"] = "2";
     EXPECT_EQ(find_launch(environment_of(values)).port, 65535);
 }
 
@@ -70,6 +72,20 @@ TEST(Launch, MpirunInsideOfSlurmIsMpirun) {
     EXPECT_EQ(launch.launcher, "Open MPI");
     EXPECT_EQ(launch.size, 16);
     EXPECT_EQ(launch.local_rank, -1);
+}
+
+// Containers made for PyTorch set RANK and WORLD_SIZE of one process; torchrun's processes may be inside of anything.
+TEST(Launch, RankAndWorldSizeYieldToALaunchersOwnNames) {
+    for (const auto& [name, rank, size] : {std::tuple("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), std::tuple("PMI", "PMI_RANK", "PMI_SIZE")}) {
+        std::map<std::string, std::string> values = {{"RANK", "0"}, {"WORLD_SIZE", "1"}, {"LOCAL_RANK", "0"}, {rank, "1"}, {size, "2"}};
+        const Launch launch = find_launch(environment_of(values));
+        EXPECT_EQ(launch.launcher, name);
+        EXPECT_EQ(launch.rank, 1) << name;
+        EXPECT_EQ(launch.size, 2) << name;
+        values["TORCHELASTIC_RUN_ID"] = "none";
+        EXPECT_EQ(find_launch(environment_of(values)).launcher, "torchrun") << name;
+    }
+    EXPECT_EQ(find_launch(environment_of({{"RANK", "1"}, {"WORLD_SIZE", "2"}, {"SLURM_PROCID", "0"}, {"SLURM_STEP_NUM_TASKS", "1"}})).launcher, "RANK and WORLD_SIZE");
 }
 
 TEST(Launch, NonsenseIsAnErrorThatNamesTheVariable) {

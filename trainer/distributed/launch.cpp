@@ -9,13 +9,16 @@ namespace {
 
 struct Launcher {
     const char *name, *rank, *size, *local_rank, *local_size, *job, *address;
+    bool names_its_job = false;  // always: without it, its variables are another's
 };
 // The first launcher whose rank and size are both set; torchrun's processes may run inside of srun, Open MPI's too.
 constexpr Launcher kLaunchers[] = {
-    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", nullptr},
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", nullptr, true},
     {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_NAMESPACE", nullptr},
     // Slurm's too: srun --mpi=pmi2.
     {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "PMI_JOBID", "SLURM_LAUNCH_NODE_IPADDR"},
+    // Set by hand or by a script; also by containers made for PyTorch, whose RANK=0 WORLD_SIZE=1 mpirun's ranks inherit.
+    {"RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", nullptr, nullptr},
     // A step's own count: a batch script has SLURM_NTASKS too, and is one process.
     {"Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", nullptr, "SLURM_JOB_ID", "SLURM_LAUNCH_NODE_IPADDR"},
 };
@@ -41,7 +44,7 @@ constexpr int kMostRanks = 65536;
 Launch find_launch(const Environment& environment) {
     Launch launch;
     for (const Launcher& l : kLaunchers) {
-        if (!is_set(environment, l.rank) || !is_set(environment, l.size)) continue;
+        if (!is_set(environment, l.rank) || !is_set(environment, l.size) || (l.names_its_job && !is_set(environment, l.job))) continue;
         launch.launcher = l.name;
         launch.size = number(environment, l.size, 1, kMostRanks);
         launch.rank = number(environment, l.rank, 0, launch.size - 1);
@@ -52,8 +55,7 @@ Launch find_launch(const Environment& environment) {
         break;
     }
     if (is_set(environment, "MASTER_ADDR")) launch.address = environment("MASTER_ADDR");
-    // Others may set RANK and WORLD_SIZE too, and leave the port free: torchrun is who names its run.
-    const bool store_holds_port = launch.launcher == kLaunchers[0].name && is_set(environment, kLaunchers[0].job);
+    const bool store_holds_port = launch.launcher == kLaunchers[0].name;
     if (is_set(environment, "MASTER_PORT")) launch.port = number(environment, "MASTER_PORT", 1, 65535 - store_holds_port) + store_holds_port;
     return launch;
 }

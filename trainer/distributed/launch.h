@@ -1,5 +1,5 @@
 // Which process of a job is this? From the environment that torchrun, Open MPI, PMI launchers (MPICH, Intel MPI) and
-// Slurm's srun set. Without any of them: one process.
+// Slurm's srun set, or RANK and WORLD_SIZE. Without any of them: one process.
 #pragma once
 #include <functional>
 #include <string>

@@ -106,9 +106,9 @@ void CheckpointSaver::begin_together() {
     } catch (const std::exception& error) {
         problem = described(error);
     }
-    problem = first_problem(problem);
-    running_ = std::async(std::launch::async, [this, problem] {
-        if (problem.empty()) return save_part();
+    const bool begun = first_problem(problem).empty();
+    running_ = std::async(std::launch::async, [this, begun, problem] {  // this rank's: which one's it is is said at the end
+        if (begun) return save_part();
         return Outcome{.steps_done = state_.step, .path = "", .problem = problem, .seconds = now_s() - start_s_};
     });
 }
