@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from program_runs import ROOT, SHARDS, Scratch, Skipped, checkpoint_bytes, program, records
+from program_runs import ROOT, SHARDS, Scratch, Skipped, SmallDisk, checkpoint_bytes, program, records
 
 SMALL = ["--model", "tiny", "--n-layers", "3", "--dim", "48", "--n-heads", "3", "--seq-len", "16", "--device", "cpu", "--micro-batch", "2",
          "--global-batch-tokens", "384", "--train", str(SHARDS), "--val", str(SHARDS), "--eval-every", "1000", "--eval-tokens", "320", "--lr", "1e-3",
@@ -340,14 +340,16 @@ def store_of_torchrun():
     raise Skipped("no two ports in a row are free")
 
 
+def torchrun_rank(store, size, command, rank, address="127.0.0.1"):
+    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": address, "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables))
+
+
 @contextlib.contextmanager
 def as_torchrun(size, present, command):
     """Those ranks of a job of that size, without MPI; MASTER_PORT is taken by somebody else, as it is by torchrun's store."""
     with store_of_torchrun() as store:
-        variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
-        processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                      env=environment(RANK=str(r), LOCAL_RANK=str(r), **variables)) for r in present]
-        yield processes
+        yield [torchrun_rank(store, size, command, r) for r in present]
 
 
 def test_torchrun_environment():
@@ -428,6 +430,63 @@ def test_multi_gpu_script():
         assert [test["status"] for test in results["tests"]] == ["pass"] * 5, results
         one, several = results["bench"]
         assert one.keys() == several.keys() and one["share_of_one_gpu"] == 1 and "--shard full" in several["command"], results
+
+
+def test_mpirun_in_a_container_made_for_pytorch():
+    with Scratch() as out:
+        done = subprocess.run([*mpirun(2), str(program()), *SMALL, "--steps", "1", "--checkpoint-every", "0", "--out", str(out / "run")], cwd=ROOT,
+                              env=environment(RANK="0", WORLD_SIZE="1"), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout.count("ranks   2, MPI") == 1, done.stdout[-2000:] + done.stderr
+
+
+def test_strangers_on_rank_0s_port():
+    """They connect first and say nothing; one says a little."""
+    with Scratch() as out, store_of_torchrun() as store, contextlib.ExitStack() as strangers:
+        command = [str(program()), *SMALL, "--steps", "1", "--checkpoint-every", "0", "--timeout", "4", "--out", str(out / "run")]
+        ranks = [torchrun_rank(store, 2, command, 0)]
+        start = time.monotonic()
+        while time.monotonic() < start + 3:
+            stranger = strangers.enter_context(socket.socket())
+            if stranger.connect_ex(("127.0.0.1", store.getsockname()[1] + 1)) == 0:
+                break
+            time.sleep(0.05)
+        stranger.send(b"GET")
+        for _ in range(4):
+            strangers.enter_context(socket.create_connection(stranger.getpeername()))
+        ranks.append(torchrun_rank(store, 2, command, 1))
+        for rank in ranks:
+            errors = rank.communicate(timeout=60)[1]
+            assert rank.returncode == 0, errors
+
+
+def test_fault_rank_that_joins_twice():
+    """The second one as of another machine: it has another speaker, which has not heard what rank 0 said."""
+    with Scratch() as out, store_of_torchrun() as store:
+        command = [str(program()), *SMALL, "--steps", "1", "--timeout", "15", "--out", str(out / "run")]
+        start = time.monotonic()
+        ranks = [torchrun_rank(store, 3, command, rank) for rank in (0, 1)]
+        time.sleep(1)  # they wait for the third
+        ranks.append(torchrun_rank(store, 3, command, 1, address="localhost"))
+        errors = "".join(rank.communicate(timeout=60)[1] for rank in ranks)
+        assert all(rank.returncode == 1 for rank in ranks)
+        assert len(own_errors(errors)) == 1 and "rank 1 joined twice" in errors, errors
+        assert time.monotonic() - start < 10
+
+
+def test_fault_program_without_the_plugin():
+    with Scratch() as out:
+        bare = shutil.copy(program(), out)
+        options = [*SMALL, "--steps", "1", "--timeout", "3", "--out", str(out / "run")]
+        for first, second in ((program(), bare), (bare, program())):
+            lines = two_places(out, out, [str(first), *options], [str(second), *options])
+            assert len(lines) == 1 and "has no mpi_plugin.so" in lines[0], lines
+
+
+def test_fault_full_disk_names_the_rank_once():
+    with SmallDisk(1) as disk:
+        done = train(3, "--steps", "2", "--out", str(disk.path / "run"), ok=False)
+        lines = own_errors(done.stderr)
+        assert len(lines) == 1 and "MiB" in lines[0] and lines[0].startswith("error: rank 0: /"), done.stderr
 
 
 def test_fault_missing_rank():

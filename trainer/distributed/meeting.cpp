@@ -8,11 +8,12 @@
 #include <cstdio>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 namespace {
 
 constexpr uint64_t kMagic = 0x7470675f66703801;  // of this protocol
-constexpr double kLook = 0.5, kTimeToSpeak = 0.5;  // s
+constexpr double kLook = 0.5, kTimeToSpeak = 0.5, kTick = 0.02, kTimeForHello = 60;  // s
 enum Channel : int32_t { kMessages, kSignsOfLife, kChannels };
 
 template <size_t N>
@@ -47,6 +48,17 @@ struct Arrived {
     bool left() const { return is_closed(connections[kMessages]) || is_closed(connections[kSignsOfLife]); }
 };
 
+// Whoever has connected and not yet said who it is.
+struct Stranger {
+    Socket socket;
+    Clock::time_point came = Clock::now();
+
+    bool has_spoken() const {
+        Hello hello;
+        return recv(socket.file(), &hello, sizeof hello, MSG_PEEK | MSG_DONTWAIT) == ssize_t(sizeof hello);
+    }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Rank 0
 
@@ -58,19 +70,23 @@ class Host {
     Met wait_for_all() {
         const Clock::time_point deadline = seconds_from_now(timeout_s_);
         while (std::any_of(arrived_.begin() + 1, arrived_.end(), [](const Arrived& a) { return !a.complete(); })) {
-            receive(accept_before(meeting_.listener, std::min(deadline, seconds_from_now(kLook))));
+            const bool somebody_came = accept_one(std::min(deadline, seconds_from_now(strangers_.empty() ? kLook : kTick)));
+            hear_strangers();
             for (const Arrived& a : arrived_)
                 if (a.left()) refuse(message("rank %d (%s, process %d) died before all ranks had met", a.hello.rank, a.hello.host, a.hello.process));
-            if (Clock::now() >= deadline) refuse_for_missing();
+            if (!somebody_came && Clock::now() >= deadline) refuse_for_missing();
         }
         return welcome();
     }
 
   private:
-    [[noreturn]] void refuse(const std::string& why) {
+    static void say_no(const Socket& socket) {
         const Welcome no{.magic = kMagic, .accepted = 0, .local_rank = 0, .process = getpid(), .host = {}};
-        for (Arrived& a : arrived_)
-            if (a.connections[kMessages]) send(a.connections[kMessages].file(), &no, sizeof no, MSG_NOSIGNAL);
+        if (socket) send(socket.file(), &no, sizeof no, MSG_NOSIGNAL);
+    }
+
+    [[noreturn]] void refuse(const std::string& why) {
+        for (const Arrived& a : arrived_) say_no(a.connections[kMessages]);
         throw JobError(why);
     }
 
@@ -79,24 +95,39 @@ class Host {
         for (int r = 1; r < launch_.size; ++r)
             if (!arrived_[size_t(r)].complete()) missing += (missing.empty() ? "" : ", ") + std::to_string(r);
         if (!missing.empty())
-            refuse(message("rank %s of %d has not joined rank 0 at %s, port %d, within %g s", missing.c_str(), launch_.size, host_name().c_str(), meeting_.port, timeout_s_));
+            refuse(message("rank %s of %d has not joined rank 0 at %s, port %d, within %g s%s", missing.c_str(), launch_.size, host_name().c_str(), meeting_.port, timeout_s_,
+                           meeting_.hint.c_str()));
     }
 
-    void receive(Socket socket) {
-        if (!socket) return;
-        Hello hello{};
-        socket.limit_receive(std::min(5.0, timeout_s_));
-        try {
-            socket.receive_all(&hello, sizeof hello);
-        } catch (const Error&) {
-            return;  // a port scanner, a rank that died at once
+    bool accept_one(Clock::time_point deadline) {
+        Socket socket = accept_before(meeting_.listener, deadline);
+        if (!socket) return false;
+        strangers_.push_back({.socket = std::move(socket)});
+        return true;
+    }
+
+    // Never waits for one: it may be a port scanner. Nor is it kept for ever, or there would be no file left for a rank.
+    void hear_strangers() {
+        for (Stranger& s : strangers_) {
+            if (s.has_spoken()) receive_hello(std::exchange(s.socket, {}));
+            else if (is_closed(s.socket) || seconds_since(s.came) > kTimeForHello) s.socket = {};
         }
+        std::erase_if(strangers_, [](const Stranger& s) { return !s.socket; });
+    }
+
+    void receive_hello(Socket socket) {
+        Hello hello{};
+        socket.receive_all(&hello, sizeof hello);
         if (hello.magic != kMagic || launch_.job.substr(0, sizeof hello.job - 1) != hello.job) return;  // of another program or job
-        if (hello.size != launch_.size || hello.rank < 1 || hello.rank >= launch_.size || hello.channel < 0 || hello.channel >= kChannels)
+        if (hello.size != launch_.size || hello.rank < 1 || hello.rank >= launch_.size || hello.channel < 0 || hello.channel >= kChannels) {
+            say_no(socket);
             refuse(message("a process on %s says that it is rank %d of %d, rank 0 is one of %d", hello.host, hello.rank, hello.size, launch_.size));
+        }
         Arrived& a = arrived_[size_t(hello.rank)];
-        if (a.connections[hello.channel]) refuse(message("rank %d joined twice, from %s and %s", hello.rank, a.hello.host, hello.host));
-        socket.limit_receive(0);
+        if (a.connections[hello.channel]) {
+            say_no(socket);
+            refuse(message("rank %d joined twice, from %s and %s", hello.rank, a.hello.host, hello.host));
+        }
         a.hello = hello;
         a.connections[hello.channel] = std::move(socket);
     }
@@ -120,6 +151,7 @@ class Host {
     const Meeting meeting_;
     const double timeout_s_;
     std::vector<Arrived> arrived_;
+    std::vector<Stranger> strangers_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +169,8 @@ Socket connect_to_rank_0(const Launch& launch, const Meeting& meeting, double ti
         if (Socket socket = connect_before(meeting.addresses, meeting.port, std::min(deadline, seconds_from_now(kLook)))) return socket;
         speaker.leave_if_spoken();
         if (Clock::now() >= deadline)
-            throw JobError(message("rank 0 of %d does not answer at %s, for %g s (MASTER_ADDR, MASTER_PORT)", launch.size, place(meeting).c_str(), timeout_s));
+            throw JobError(message("rank 0 of %d does not answer at %s, for %g s (MASTER_ADDR, MASTER_PORT)%s", launch.size, place(meeting).c_str(), timeout_s,
+                                   meeting.hint.c_str()));
     }
 }
 
@@ -160,8 +193,8 @@ Welcome welcome_of_rank_0(const Launch& launch, const Meeting& meeting, double t
 
 Met join(const Launch& launch, const Meeting& meeting, double timeout_s, Speaker& speaker) {
     Socket connections[kChannels];
-    for (int channel = 0; channel < kChannels; ++channel) {
-        connections[channel] = connect_to_rank_0(launch, meeting, timeout_s, speaker);
+    for (Socket& connection : connections) connection = connect_to_rank_0(launch, meeting, timeout_s, speaker);
+    for (int channel = 0; channel < kChannels; ++channel) {  // after all are connected: rank 0 may leave with the first that it hears
         Hello hello{.magic = kMagic, .rank = launch.rank, .size = launch.size, .channel = channel, .process = getpid(), .job = {}, .host = {}};
         copy_text(hello.job, launch.job);
         copy_text(hello.host, host_name());

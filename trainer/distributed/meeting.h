@@ -17,7 +17,8 @@ struct JobError : Error {
 struct Meeting {
     std::vector<std::string> addresses;
     int port = 0;
-    Socket listener;  // rank 0's
+    Socket listener;   // rank 0's
+    std::string hint;  // for the line about a rank that is missing
 };
 
 struct Met {

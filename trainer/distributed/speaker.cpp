@@ -61,7 +61,8 @@ bool Speaker::hears(double within_s) const {
 void Speaker::listen_for(double duration_s) {
     const Clock::time_point end = seconds_from_now(duration_s);
     do {
-        if (Socket other = accept_before(listener_, std::min(end, seconds_from_now(kTick)))) others_.push_back(std::move(other));
+        const Clock::time_point tick = std::min(end, seconds_from_now(kTick));
+        while (Socket other = accept_before(listener_, tick)) others_.push_back(std::move(other));
         for (const Socket& other : others_) {
             int rank = 0;
             if (recv(other.file(), &rank, sizeof rank, MSG_DONTWAIT) != sizeof rank) continue;

@@ -60,8 +60,8 @@ std::string mpi_has_not_started(const Launch& launch, double timeout_s, const st
         if (!waiting.contains(r)) missing += (missing.empty() ? "" : ", ") + std::to_string(r);
     if (launch.local_size == launch.size && !missing.empty())
         return message("rank %s of %d has not started MPI within %g s: it did not start, or is stopped, or hangs", missing.c_str(), launch.size, timeout_s);
-    return message("rank %d of %d (%s): MPI has not started within %g s: another rank did not start, hangs, or is not reached: look for its process, and for "
-                   "mpirun's network (--mca btl_tcp_if_include)", launch.rank, launch.size, host_name().c_str(), timeout_s);
+    return message("rank %d of %d (%s): MPI has not started within %g s: another rank did not start, hangs, has no %s, or is not reached: look for its process, and for "
+                   "mpirun's network (--mca btl_tcp_if_include)", launch.rank, launch.size, host_name().c_str(), timeout_s, kMpiPluginFile);
 }
 
 // The plugin lies where the program lies, or above it (tests).
@@ -134,6 +134,8 @@ Meeting World::meeting_of_environment() const {
     meeting.addresses = {launch_.address.empty() ? "127.0.0.1" : launch_.address};
     meeting.port = launch_.port ? launch_.port : launch_.job.empty() ? kDefaultPort : 20000 + int(std::hash<std::string>()(launch_.job) % 10000);
     if (rank() == 0) meeting.listener = listen_on(meeting.port);
+    if (launch_.launcher == "Open MPI")
+        meeting.hint = message(" (rank %d meets over TCP as its program has no %s beside it, or cannot load it: if other ranks have one, build all alike)", rank(), kMpiPluginFile);
     return meeting;
 }
 
