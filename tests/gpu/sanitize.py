@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """compute-sanitizer over the checks of every dev program, in their small mode, which keeps the odd shapes.
 
-    sanitize.py [--json FILE] [--jobs N] [--seconds N] [PROGRAM...]
+    sanitize.py [--json FILE] [--jobs N] [--seconds N] [--earlier FILE] [PROGRAM...]
 
 Many run at a time, spread over the machine's GPUs or those of CUDA_VISIBLE_DEVICES, the longest first. What has not ended --seconds after the start is a skipped result.
+--earlier FILE: results of a call of the same sources, for the programs that are not named.
 One result a tool and program: no report of the tool, and the checks pass under it. `engines` runs whole training steps, cuBLASLt's kernels included; racecheck instruments those too and takes many minutes there, so it is left out: every
 kernel of ours is racechecked by its own program. Kernels that a tool cannot judge are excluded from it by name, and each
 exclusion is a skipped result with its reason; the program's other kernels are judged. dev/attention runs none of cuDNN's kernels in its small mode.
@@ -95,6 +96,7 @@ def main():
     parser.add_argument("programs", nargs="*")
     parser.add_argument("--json")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--earlier", type=pathlib.Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time for all")
     arguments = parser.parse_args()
     ends = time.monotonic() + arguments.seconds
@@ -112,6 +114,9 @@ def main():
     tests += [{"name": f"sanitizer: {name}", "status": "fail", "figure": "is excluded from a tool without a reason, or has a reason and is not there"}
               for name in without_reason()]
     tests += [{"name": f"sanitizer: memcheck {program}, errors of CUDA's API", "status": "skip", "figure": reason} for program, reason in API_ERRORS.items() if program in chosen]
+    if arguments.earlier:
+        others = {program for program in programs() if program not in chosen}
+        tests += [test for test in json.loads(arguments.earlier.read_text())["tests"] if re.split(r"[ ,]+", test["name"])[2] in others]
     for test in [test for test in tests if test["status"] == "skip"]:
         print(f"{test['name']} | {test['figure']} | skip")
     print(f"{sum(test['status'] == 'pass' for test in tests)} passed, {sum(test['status'] == 'fail' for test in tests)} failed")
