@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,9 @@ def main():
     arguments = parser.parse_args()
     build = ROOT / arguments.build
     os.environ["TRAIN_GPT_BUILD"] = str(build)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a shell's background and under nohup, which the tests' programs would inherit
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     tally = Tally()
     status = layers.main()
     tally.add(passed=status == 0, failed=status != 0)
