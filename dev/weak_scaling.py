@@ -47,7 +47,7 @@ otherwise; of two blocks and the embedding where they arrive), weights, saved ac
 and 2.5 to 3.5 GiB; a row that needs more than 79 GiB says so: its speed is what it would be with more memory.
 
 Inputs are in weak_scaling_inputs.py. Measured: MFU, copy speed, collectives. Fitted, to whole steps of two H200s: SLOWED, TAKEN and BARE; the first lines printed say how far the model is
-off there. Two GPUs are all that has been measured. Assumed: an exchange has a gather's figures (the same bytes by the same engines), eight GPUs
+off there, and on four, to which nothing is fitted. More have not been measured. Assumed: an exchange has a gather's figures (the same bytes by the same engines), eight GPUs
 have two's speed each, the hops (NCCL's own constants), 0.85, SLOWED, TAKEN and BARE for any number of ranks, the same MFU for larger shapes, no congestion, and
 ranks that are level: one that is ahead waits, and what it exchanges meanwhile has no compute beside it, which costs no time but is most of what two
 H200s of one host expose with 262,144 tokens a GPU. Where tokens a GPU are few, MFU is not what was measured with many.
@@ -57,7 +57,7 @@ import dataclasses
 import math
 
 from weak_scaling_inputs import (ADAMW, BARE, CAST, COPIES_US, GATHER_US, H100, H200_COPY, HOP_BETWEEN, HOP_INSIDE, LINK, LINK_SHARE, MEASURED, MEMORY_GIB, NCCL_GIB, NODE, NORM,
-                                 OTHER_GIB, PEAK, SCATTER_US, SHAPES, SLOWED, TAKEN, Device, Shape)
+                                 OTHER_GIB, PEAK, SCATTER_US, SHAPES, SLOWED, TAKEN, UNSEEN, Device, Shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,10 +332,10 @@ def measured_communication(m):
 
 
 def print_measured():
-    print("two H200s, gpt2-1558M: model / measured")
-    for m in MEASURED:
+    print("H200s of one host, gpt2-1558M: model / measured; fitted to two GPUs, not to four")
+    for m in MEASURED + UNSEEN:
         communication, exposed = (1e3 * seconds for seconds in measured_communication(m))
-        print(f"{m.mode:10} {m.tokens:6} tokens a GPU and step: {efficiency(measured_setting(m)):.1%} / {m.rate / m.alone:.1%} of one GPU, "
+        print(f"{m.gpus} GPUs, {m.mode:9} {m.replicas} replicas, {m.tokens:6} tokens a GPU and step: {efficiency(measured_setting(m)):.1%} / {m.rate / m.alone:.1%} of one GPU, "
               f"communication {communication:.1f} / {m.communication_ms} ms, exposed {exposed:.1f} / {m.exposed_ms} ms")
 
 
